@@ -1,0 +1,63 @@
+"""A step as a transaction: every rank takes it, or no rank does."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from distopt.comm.communicator import Communicator
+from distopt.numerics.finite import all_finite
+from distopt.reducers.reducer import Proposal, Reduction
+
+
+class Transaction:
+    """Carries out the reductions of one step, and puts their outcome in force together or not at all.
+
+    No rank needs to be asked whether a step is sound: what is averaged is the same on all ranks, and a non-finite
+    number on one of them makes it non-finite. So all ranks drop the same step, without a collective of its own.
+
+    Args:
+        communicator: the ranks to average over.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._proposals: list[Proposal] = []
+        self.sound = True
+        """Whether everything averaged so far was finite. The same on all ranks."""
+
+    def propose(self, reduction: Reduction) -> None:
+        """Carry out a reduction as far as its proposal; after the step has turned out unsound, do nothing."""
+        if not self.sound:
+            return
+        proposal = self._negotiate(reduction)
+        if proposal is None:
+            self.sound = False
+        else:
+            self._proposals.append(proposal)
+
+    def commit(self) -> tuple[int, int]:
+        """Put every proposal in force; to be called once, and only if the step is `sound`.
+
+        Returns:
+            Bytes of the gradients that were compressed, before and after.
+        """
+        for proposal in self._proposals:
+            proposal.commit()
+        before, after = zip((0, 0), *(p.bytes_compressed for p in self._proposals), strict=True)
+        return sum(before), sum(after)
+
+    def _negotiate(self, reduction: Reduction) -> Proposal | None:
+        try:
+            payload = next(reduction)
+            while all_finite(self._communicator.average_(payload)):
+                payload = reduction.send(payload)
+        except StopIteration as returned:
+            return returned.value
+        reduction.close()
+        return None
+
+
+def spoil(gradients: Iterator[Tensor]) -> None:
+    """Make every gradient of a dropped step NaN, so that whatever guards the optimizer skips it on every rank."""
+    for gradient in gradients:
+        gradient.fill_(float("nan"))

@@ -1,0 +1,51 @@
+"""One thread that does things in the order in which they were asked for.
+
+Collectives are issued from this thread only. Chaining them in completion callbacks instead, as torch's own PowerSGD
+hook does, lets two ranks issue them in different orders, and blocks the very threads that would complete them.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+
+
+class Worker:
+    """Runs jobs one after the other on a thread of its own, which starts with the first job.
+
+    Jobs must not raise: each hands its outcome, an error included, to whoever waits for it.
+
+    Args:
+        name: the thread's name, as it shows in stack dumps.
+
+    Example:
+        >>> done = []
+        >>> worker = Worker("example")
+        >>> worker.submit(lambda: done.append(1)); worker.submit(lambda: done.append(2)); worker.drain()
+        >>> done
+        [1, 2]
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Queue a job; returns at once."""
+        if self._thread is None:
+            # A daemon: a rank whose peers are gone must be able to exit while its last collective still waits.
+            self._thread = threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def drain(self) -> None:
+        """Wait until every job queued so far has run."""
+        if self._thread is not None:
+            done = threading.Event()
+            self._jobs.put(done.set)
+            done.wait()
+
+
+def _run(jobs: "queue.SimpleQueue[Callable[[], object]]") -> None:
+    while True:
+        jobs.get()()

@@ -1,0 +1,26 @@
+"""Is everything in a tensor a finite number?"""
+
+import torch
+from torch import Tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether ``tensor`` holds neither NaN nor infinity.
+
+    A NaN or an infinity always makes the sum non-finite, so one pass without a temporary settles the common case; only
+    when the sum itself overflowed are the elements looked at one by one.
+
+    Args:
+        tensor: any shape, floating point or complex. Reads the values on the host: on an accelerator it synchronises.
+
+    Returns:
+        Whether every element is finite; ``True`` for an empty tensor.
+
+    Example:
+        >>> all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.tensor([1.0, float("inf")]))
+        (True, False)
+    """
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
+    if bool(torch.isfinite(tensor.sum(dtype=wide))):
+        return True
+    return bool(torch.isfinite(tensor).all())

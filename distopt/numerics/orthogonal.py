@@ -1,0 +1,91 @@
+"""Orthonormal columns and unit columns, the two normalisations of a low-rank factor.
+
+Symbols: P is ``(..., n, r)``, tall and thin; e is the multiple of the identity, relative to P's largest column.
+"""
+
+import torch
+from torch import Tensor
+
+IDENTITY = 1e-6
+"""The multiple of the identity that is added before orthogonalising, in units of the largest column norm
+(Ramesh et al. 2021, arXiv:2102.12092, appendix E.2, there an absolute 1e-6)."""
+
+DEAD_NORM = 1e-4
+"""A column this much shorter than the longest one carries nothing that float32 can tell from rounding."""
+
+DEAD_SINE = 1e-2
+"""A column whose angle to the columns before it has a smaller sine adds no direction of its own."""
+
+
+def unit_size(matrix: Tensor) -> Tensor:
+    """Divide each matrix by its largest absolute value, so that squares neither overflow nor vanish.
+
+    Args:
+        matrix: ``(..., n, r)``, floating point.
+
+    Returns:
+        The same shape and dtype, with largest absolute value 1; a zero matrix stays zero.
+
+    Example:
+        >>> unit_size(torch.tensor([[4e30], [-2e30]])).flatten().tolist()
+        [1.0, -0.5]
+    """
+    size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    return matrix / torch.where(size > 0, size, 1)
+
+
+def orthogonalize(matrix: Tensor, identity: float = IDENTITY) -> Tensor:
+    """Orthonormalise columns by Householder reflections, after adding a small multiple of the identity.
+
+    The identity keeps a rank-deficient matrix from handing its rounding errors on as directions; being relative to the
+    largest column it makes the result independent of the matrix's unit. The result is orthonormal for every finite
+    input, a zero matrix included.
+
+    Args:
+        matrix: ``(..., n, r)`` with n >= r, float32 or float64. It is not changed.
+        identity: multiple of the identity, relative to the largest column norm.
+
+    Returns:
+        ``(..., n, r)`` with orthonormal columns, spanning what ``matrix + e * I`` spans.
+
+    Example:
+        >>> q = orthogonalize(torch.randn(5, 3))
+        >>> bool((q.T @ q - torch.eye(3)).abs().max() < 1e-6)
+        True
+
+    Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix E.2, step 5.
+    """
+    scaled = unit_size(matrix)
+    largest = torch.linalg.vector_norm(scaled, dim=-2).amax(dim=-1)
+    scaled.diagonal(dim1=-2, dim2=-1).add_(identity * largest[..., None])
+    reflectors, tau = torch.geqrf(scaled)
+    return torch.linalg.householder_product(reflectors, tau)
+
+
+def normalize_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale columns to length 1 and tell which of them carry a direction of their own.
+
+    A column is dead when it is far shorter than the longest one, or (nearly) a combination of the columns before it:
+    a power iteration that starts from it finds nothing that the others do not. The test is the diagonal of the Cholesky
+    factor of the columns' Gram matrix, which holds the sines of those angles.
+
+    Args:
+        matrix: ``(..., n, r)``, float32 or float64. It is not changed.
+
+    Returns:
+        The scaled matrix, dead columns zero, and a boolean ``(..., r)`` that is true for the living ones.
+
+    Example:
+        >>> _, alive = normalize_columns(torch.tensor([[3.0, 6.0, 0.0], [4.0, 8.0, 1.0]]))
+        >>> alive.tolist()
+        [True, False, True]
+    """
+    scaled = unit_size(matrix)
+    norms = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
+    long = norms > DEAD_NORM * norms.amax(dim=-1, keepdim=True)
+    unit = torch.where(long, scaled / torch.where(long, norms, 1), 0)
+    wide = unit.double()
+    shift = 0.01 * DEAD_SINE**2 * torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    factor, _ = torch.linalg.cholesky_ex(wide.mT @ wide + shift)
+    alive = factor.diagonal(dim1=-2, dim2=-1) > DEAD_SINE
+    return torch.where(alive[..., None, :], unit, 0), alive

@@ -1,0 +1,162 @@
+"""What is resumed is what was stopped: to the bit at the same world size, up to rounding at another."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import distopt
+from tests.attach.models import batch, mlp, parameters, same, wrap
+from tests.processes import run_ranks
+
+REDUCER = distopt.PowerSGD(rank=2)
+TOTAL = 8
+
+
+def step_on(model, optimizer, rank, step, dtype, world_of_data=None):
+    """One step; with ``world_of_data`` the global batch is the same however many ranks share it."""
+    if world_of_data is None:
+        loss = model(batch(rank, step, dtype=dtype)).square().mean()
+    else:
+        share = world_of_data // dist.get_world_size()
+        rows = torch.cat([batch(rank * share + i, step, dtype=dtype) for i in range(share)])
+        loss = model(rows).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def begin(bucket_kib, dtype, options):
+    model = wrap(mlp(dtype=dtype), bucket_kib, **options)
+    return model, distopt.register(model, REDUCER), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def save_job(rank, save_at, bucket_kib, dtype, options, world_of_data=None):
+    """Train to the end, saving on the way; what was saved, as bytes, and how it ended."""
+    model, registration, optimizer = begin(bucket_kib, dtype, options)
+    saved = None
+    for step in range(TOTAL):
+        if step == save_at:
+            state = {
+                "model": model.module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "hook": registration.state_dict(),
+            }
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            saved = buffer.getvalue()
+        step_on(model, optimizer, rank, step, dtype, world_of_data)
+    return saved, parameters(model), registration.state_dict()["residuals"]
+
+
+def resume_job(rank, saved, save_at, bucket_kib, dtype, options, world_of_data=None):
+    state = torch.load(io.BytesIO(saved), weights_only=True)
+    model, registration, optimizer = begin(bucket_kib, dtype, options)
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    registration.load_state_dict(state["hook"])
+    for step in range(save_at, TOTAL):
+        step_on(model, optimizer, rank, step, dtype, world_of_data)
+    return parameters(model), registration.state_dict()["residuals"], registration.stats().steps
+
+
+@pytest.mark.parametrize(
+    ("world", "save_at", "options"),
+    [
+        *((world, save_at, {}) for world in (1, 2, 3, 4) for save_at in (0, 1, 4)),
+        *((3, save_at, {"static_graph": True}) for save_at in (1, 2, 3)),
+        (3, 1, {"find_unused_parameters": True}),
+    ],
+    ids=str,
+)
+def test_a_new_process_goes_on_bit_for_bit(world, save_at, options):
+    ended = run_ranks(world, save_job, save_at, 12, torch.float32, options)
+    resumed = run_ranks(world, resume_job, ended[0][0], save_at, 12, torch.float32, options)
+    for (_, expected, residuals), (found, found_residuals, steps) in zip(ended, resumed, strict=True):
+        assert same(expected, found)
+        assert same(residuals, found_residuals)
+        assert steps == TOTAL
+
+
+def test_other_buckets_after_resuming_change_nothing_on_two_ranks():
+    ended = run_ranks(2, save_job, 4, 12, torch.float32, {})
+    resumed = run_ranks(2, resume_job, ended[0][0], 4, 40, torch.float32, {})
+    assert same(ended[0][1], resumed[0][0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4), (4, 2), (2, 4)])
+def test_another_world_size_goes_on_up_to_rounding(before, after):
+    """PowerSGD amplifies rounding, so few steps, and in float64."""
+    ended = run_ranks(before, save_job, 4, 12, torch.float64, {}, 4)
+    resumed = run_ranks(after, resume_job, ended[0][0], 4, 12, torch.float64, {}, 4)
+    for name, expected in ended[0][1].items():
+        assert torch.allclose(resumed[0][0][name], expected, rtol=0, atol=1e-12), name
+
+
+def same_job(rank):
+    model, registration, optimizer = begin(12, torch.float32, {})
+    for step in range(3):
+        step_on(model, optimizer, rank, step, torch.float32)
+    own = copy.deepcopy(registration._state.residuals)
+    state = registration.state_dict()
+    live = registration._state.residuals
+    return (
+        own,
+        state,
+        same(live, state["residuals"]),
+        any(live[n].data_ptr() == t.data_ptr() for n, t in state["residuals"].items()),
+    )
+
+
+def test_state_dict_is_the_same_on_all_ranks_and_holds_the_mean():
+    (own0, state0, live0, shared0), (own1, state1, live1, _) = run_ranks(2, same_job)
+    assert live0
+    assert live1
+    assert not shared0
+    assert same(state0["residuals"], state1["residuals"])
+    assert same(state0["factors"], state1["factors"])
+    assert not same(own0, own1)
+    assert all(torch.equal(state0["residuals"][n], own0[n] * 0.5 + own1[n] * 0.5) for n in own0)
+
+
+@pytest.fixture
+def alone():
+    """A world of one rank in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_foreign_state_is_refused_and_nothing_changes():
+    model = DDP(mlp(2))
+    registration = distopt.register(model, REDUCER)
+    model(batch(0, 0)).square().mean().backward()
+    good = registration.state_dict()
+    other = DDP(nn.Linear(48, 20))
+    theirs = distopt.register(other, REDUCER)
+    with pytest.raises(distopt.StateError, match="it has '.*', which this one has not"):
+        theirs.load_state_dict(good)
+    with pytest.raises(distopt.StateError, match="format is 7, but must be 1"):
+        registration.load_state_dict({**good, "format": 7})
+    with pytest.raises(distopt.StateError, match="not the state of a registration: factors, format"):
+        registration.load_state_dict({"step": 0, "layout": [], "tally": {}, "residuals": {}})
+    wrong = {**good, "residuals": {"0.weight": torch.zeros(3)}}
+    with pytest.raises(distopt.StateError, match=r"'0.weight' has shape \(3,\) there, \(48, 48\) here"):
+        registration.load_state_dict(wrong)
+    assert same(registration.state_dict()["residuals"], good["residuals"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_factor_of_another_rank_is_refused():
+    model = DDP(mlp(2))
+    registration = distopt.register(model, REDUCER)
+    model(batch(0, 0)).square().mean().backward()
+    good = registration.state_dict()
+    wider = DDP(mlp(2))
+    with pytest.raises(distopt.StateError, match=r"factor of '0.weight' has shape \(48, 2\) there, \(48, 3\) here"):
+        distopt.register(wider, distopt.PowerSGD(rank=3)).load_state_dict(good)

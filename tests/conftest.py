@@ -1,0 +1,17 @@
+"""Profiles and habits that all tests share."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("quick", max_examples=40, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("full", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("DISTOPT_TESTS", "quick"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread computes fastest where ranks share cores."""
+    torch.set_num_threads(1)

@@ -1,0 +1,118 @@
+"""Decisions that hold the code together, pinned: who imports whom, what is public, what importing does."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distopt
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
+PUBLIC = [
+    "AllReduce",
+    "DistoptError",
+    "PowerSGD",
+    "Registration",
+    "RegistrationError",
+    "SettingError",
+    "StateError",
+    "Stats",
+    "register",
+]
+MODULES = sorted((ROOT / "distopt").rglob("*.py"))
+
+
+def imports(path):
+    """Names of distopt's modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "distopt":
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "distopt")
+
+
+def test_there_are_modules():
+    assert len(MODULES) > 15
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    room = path.relative_to(ROOT / "distopt").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for name in imports(path):
+        assert ORDER.index(name.split(".")[1]) <= ORDER.index(room), f"{path.name} imports {name}"
+
+
+def test_no_cycles():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    edges = {name: set(imports(path)) & set(names) for name, path in names.items() if name != "distopt"}
+    while free := [name for name, targets in edges.items() if not targets]:
+        edges = {name: targets - set(free) for name, targets in edges.items() if name not in free}
+    assert not edges, f"cycle among {sorted(edges)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if "comm" not in p.parts], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_only_comm_calls_collectives(path):
+    called = {
+        n.func.attr
+        for n in ast.walk(ast.parse(path.read_text()))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
+    }
+    assert not called & {
+        "all_reduce",
+        "all_gather",
+        "broadcast",
+        "reduce_scatter",
+        "barrier",
+        "all_gather_object",
+        "new_group",
+    }
+
+
+def test_public_names():
+    typed = {
+        alias.asname
+        for node in ast.walk(ast.parse((ROOT / "distopt/__init__.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("distopt")
+        for alias in node.names
+    }
+    assert sorted(typed) == sorted(distopt._HOMES) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_documented(name):
+    thing = getattr(distopt, name)
+    assert inspect.getdoc(thing)
+    assert getattr(importlib.import_module(thing.__module__), name) is thing
+
+
+def test_importing_does_nothing():
+    """No torch, no threads, no handlers, no environment: a command can refuse a setting before torch is loaded."""
+    code = (
+        "import os, sys, logging, threading; before = dict(os.environ); import distopt;"
+        "assert 'torch' not in sys.modules; distopt.register; assert dict(os.environ) == before;"
+        "assert threading.active_count() == 1; assert not logging.getLogger('distopt').handlers"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=100)
+
+
+def test_nothing_strange_at_the_top_of_site_packages():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '"distopt.integrations" = "integrations"' in text
