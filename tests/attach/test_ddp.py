@@ -353,7 +353,7 @@ def test_registering_after_training_has_begun():
 def subgroup_job(rank):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     model = DDP(mlp(), process_group=pairs[rank // 2])
-    _, registration = train(model, distopt.PowerSGD(rank=2), 3, rank)
+    train(model, distopt.PowerSGD(rank=2), 3, rank)
     total = torch.cat([p.flatten() for p in model.parameters()]).detach()
     copies = [torch.empty_like(total) for _ in range(4)]
     dist.all_gather(copies, total)

@@ -20,7 +20,7 @@ def world():
 
 def test_before_init_process_group():
     with pytest.raises(
-        distopt.RegistrationError, match="torch.distributed is not initialised: call init_process_group"
+        distopt.RegistrationError, match=r"torch\.distributed is not initialised: call init_process_group"
     ):
         distopt.register(nn.Linear(2, 2), distopt.AllReduce())
 
@@ -60,7 +60,7 @@ def test_after_another_hook():
 @pytest.mark.usefixtures("world")
 def test_sparse_gradients_are_refused_by_name():
     model = DDP(nn.ModuleDict({"words": nn.Embedding(9, 4, sparse=True)}))
-    with pytest.raises(distopt.RegistrationError, match="words.weight has sparse gradients"):
+    with pytest.raises(distopt.RegistrationError, match=r"words\.weight has sparse gradients"):
         distopt.register(model, distopt.AllReduce())
 
 

@@ -139,7 +139,7 @@ def test_a_foreign_state_is_refused_and_nothing_changes():
     good = registration.state_dict()
     other = DDP(nn.Linear(48, 20))
     theirs = distopt.register(other, REDUCER)
-    with pytest.raises(distopt.StateError, match="it has '.*', which this one has not"):
+    with pytest.raises(distopt.StateError, match=r"it has '.*', which this one has not"):
         theirs.load_state_dict(good)
     with pytest.raises(distopt.StateError, match="format is 7, but must be 1"):
         registration.load_state_dict({**good, "format": 7})

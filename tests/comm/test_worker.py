@@ -1,5 +1,6 @@
 """Jobs run in the order in which they were asked for, on one thread."""
 
+import functools
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ def test_order_is_kept_whatever_the_jobs_take():
         threads.add(threading.current_thread().name)
 
     for i in range(50):
-        worker.submit(lambda i=i, pause=generator.random() / 500: job(i, pause))
+        worker.submit(functools.partial(job, i, generator.random() / 500))
     worker.drain()
     assert seen == list(range(50))
     assert threads == {"test"}

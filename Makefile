@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine with Python 3.11+ and make: `make demo` and `make test`.
+# Each makes its own .venv first. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-full check bench clean
+
+demo: .venv/ready
+	$(BIN)/distopt-dalle demo
+
+test: check
+	$(BIN)/python -m pytest -q
+
+test-full: check
+	DISTOPT_TESTS=full $(BIN)/python -m pytest -q
+
+check: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: .venv/ready
+	$(BIN)/python bench/dalle_reducers.py
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "distopt needs Python 3.11 or newer, but $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dalle,test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs
