@@ -177,11 +177,11 @@ def test_an_empty_bucket_needs_no_collective(reducer):
 @every_reducer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_residuals_are_bounded_under_noise(reducer, dtype):
-    """Zero-mean noise does not pile up: after 2,000 steps the residual is what it was after 200."""
+    """Zero-mean noise does not pile up; a random walk would have doubled the residual between the two windows."""
     ranks = Ranks(reducer, {"w": (16, 24), "bias": (7,)}, 2, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     norms = []
-    for _ in range(2000):
+    for _ in range(600):
         ranks.step(
             [
                 {"w": torch.randn(16, 24, generator=generator).to(dtype), "bias": torch.zeros(7, dtype=dtype)}
@@ -189,7 +189,7 @@ def test_residuals_are_bounded_under_noise(reducer, dtype):
             ]
         )
         norms.append(float(ranks.residual(0, "w").norm()))
-    assert max(norms[1800:]) <= 1.5 * max(norms[100:300])
+    assert max(norms[500:]) <= 1.3 * max(norms[100:200])
 
 
 @every_reducer

@@ -1,0 +1,90 @@
+"""Does compression cost quality? Stage 2 of DALL-E under AllReduce and PowerSGD: same seed, same batches, same tokens.
+
+    make demo                                             # trains the tokenizer that both runs share
+    python bench/dalle_reducers.py --run runs/demo        # about ten minutes on two cores
+
+Prints one JSON line a run: ``loss_against_allreduce`` is the relative difference of the final losses (mean of the last
+twentieth of the steps), which the demo keeps within 2 %.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from distopt.integrations.dalle import report, runs
+from distopt.integrations.dalle.context import Context, StageResult
+from distopt.integrations.dalle.model import Model
+from distopt.integrations.dalle.scenes import Scenes
+from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
+
+import distopt
+
+
+def main() -> None:
+    """Start two ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished demo, for its tokenizer")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="fewer steps than the demo takes")
+    parser.add_argument("--powersgd-ranks", type=int, nargs="+", default=[4], help="ranks of PowerSGD to compare")
+    chosen = parser.parse_args()
+    if "RANK" not in os.environ:
+        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={chosen.ranks}", *sys.argv]
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        ended = subprocess.run([sys.executable, "-m", *command], env={**os.environ, **threads}, check=False)
+        sys.exit(ended.returncode)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    compare(chosen)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def compare(chosen: argparse.Namespace) -> None:
+    """Train stage 2 once for each reducer and print how they end."""
+    run = runs.open_run(chosen.run)
+    settings = run.settings["training"]["stage2"]
+    stage2 = Stage2Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    if chosen.steps:
+        stage2 = dataclasses.replace(stage2, steps=chosen.steps)
+    reducers = [distopt.AllReduce(), *(distopt.PowerSGD(rank=rank) for rank in chosen.powersgd_ranks)]
+    exact: float | None = None
+    for reducer in reducers:
+        result = train(run, stage2, reducer)
+        exact = result.final_loss if exact is None else exact
+        if dist.get_rank() == 0:
+            print(json.dumps(line(reducer, result, exact)), flush=True)
+
+
+def train(run: runs.Run, stage2: Stage2Settings, reducer: distopt.AllReduce | distopt.PowerSGD) -> StageResult:
+    """Stage 2 of ``run`` from the start."""
+    model = Model.load(run, torch.device("cpu"))
+    context = Context(
+        rank=dist.get_rank(), world_size=dist.get_world_size(), seed=int(run.settings["seed"]), reducer=reducer
+    )
+    task = Scenes(int(run.settings["task_seed"]))
+    return train_transformer(task, model.dvae, model.tokenizer, model.transformer.settings, stage2, context)
+
+
+def line(reducer: distopt.AllReduce | distopt.PowerSGD, result: StageResult, exact: float) -> dict[str, object]:
+    """One run's figures, stamped with what they were measured on."""
+    return {
+        "reducer": repr(reducer),
+        **report.stage_figures(result),
+        "loss_against_allreduce": result.final_loss / exact - 1,
+        "steps": result.steps,
+        "world_size": dist.get_world_size(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": report.versions(),
+    }
+
+
+if __name__ == "__main__":
+    main()

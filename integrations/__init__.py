@@ -1,0 +1,1 @@
+"""Complete models and recipes trained with distopt's plugins."""

@@ -1,0 +1,278 @@
+"""The command ``distopt-dalle``: reads its arguments, checks them, and only then imports what takes seconds."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from distopt.errors import DistoptError
+
+from . import launch, runs
+from .settings import MAX_SEED, DemoSettings, InputError, TrainSettings, build, check_batch, load_toml
+
+_EXAMPLES = """examples:
+  distopt-dalle demo                                   train and score the drawn task, about 10 minutes on two cores
+  distopt-dalle train --data photos --out runs/photos  train on name.jpg beside name.txt
+  distopt-dalle sample --run runs/demo --caption "a red circle above a blue square" --out red.png
+  distopt-dalle evaluate --run runs/demo
+  torchrun --nproc_per_node 4 -m distopt.integrations.dalle demo   use ranks that torchrun starts
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(launch.REFUSED, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: what follows the command's name; ``None`` takes those of this process.
+
+    Returns:
+        The exit code: 0, 2 for bad settings or input (one line on stderr has said what), 130 after Ctrl-C, 1 otherwise.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        parsed = _parser().parse_args(given)
+        return parsed.run(parsed, given)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else launch.FAILED
+    except DistoptError as error:
+        place = launch.place_or_none()
+        if place is None or place.rank == 0:
+            print(f"distopt-dalle: error: {error}", file=sys.stderr)
+        return launch.REFUSED
+    except KeyboardInterrupt:
+        print("distopt-dalle: interrupted", file=sys.stderr)
+        return launch.INTERRUPTED
+
+
+def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
+    settings = DemoSettings(
+        seed=parsed.seed,
+        steps_1=parsed.steps_1,
+        steps_2=parsed.steps_2,
+        reducer=parsed.reducer,
+        rank=parsed.rank,
+    )
+    out: Path = parsed.out
+    place = launch.place()
+    launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
+    if place is None or place.rank == 0:
+        _writable_folder("--out", out)
+    if place is None:
+        return launch.start(given, parsed.ranks, out / "error.txt")
+    from .demo import run
+    from .ranks import work
+
+    return work(place, parsed.device, settings.seed, lambda context: run(settings, out, context))
+
+
+def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
+    settings = _train_settings(parsed)
+    data, out = parsed.data, parsed.out
+    _data_folder(data)
+    if out.resolve() == data.resolve() or data.resolve() in out.resolve().parents:
+        raise InputError(f"--out {out}: lies in the data folder {data}, whose pictures would mix with the run's own")
+    place = launch.place()
+    check_batch(settings, parsed.ranks if place is None else place.world_size)
+    launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
+    if parsed.check:
+        if place is None or place.rank == 0:
+            _check_only(settings, data, out)
+        return 0
+    if place is None:
+        from .pictures import read_folder
+
+        # Read once, here: every reason to refuse the folder is known before a process is started.
+        pictures = read_folder(data, settings.size)
+        pictures.require(settings.held_out)
+        _writable_folder("--out", out)
+        pictures.save(out)
+        return launch.start(given, parsed.ranks, out / "error.txt")
+    if place.rank == 0:
+        _writable_folder("--out", out)
+    from .ranks import work
+    from .train import run
+
+    ours = launch.started_by_us()
+    return work(place, parsed.device, settings.seed, lambda context: run(settings, data, out, context, read=not ours))
+
+
+def _check_only(settings: TrainSettings, data: Path, out: Path) -> None:
+    from .pictures import read_folder
+
+    pictures = read_folder(data, settings.size)
+    pictures.require(settings.held_out)
+    _could_be_written("--out", out)
+    for line in pictures.summary():
+        print(line)
+    print("settings and data are fine; --check ends here")
+
+
+def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
+    table = {} if parsed.config is None else load_toml(parsed.config)
+    settings = TrainSettings()
+    try:
+        settings = build(TrainSettings, table)
+    except DistoptError as error:
+        raise InputError(f"--config {parsed.config}: {error}") from None
+    stage1, stage2 = settings.stage1, settings.stage2
+    if parsed.steps_1 is not None:
+        stage1 = dataclasses.replace(stage1, steps=parsed.steps_1)
+    if parsed.steps_2 is not None:
+        stage2 = dataclasses.replace(stage2, steps=parsed.steps_2)
+    flags = {name: getattr(parsed, name) for name in ("size", "seed") if getattr(parsed, name) is not None}
+    return dataclasses.replace(settings, stage1=stage1, stage2=stage2, **flags)
+
+
+def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
+    caption = " ".join(parsed.caption.split())
+    if not caption:
+        raise InputError(f"--caption {parsed.caption!r}: must have at least one word")
+    out: Path = parsed.out
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: must end with .png")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file that ends with .png")
+    run = runs.open_run(parsed.run_folder)
+    launch.check_devices(parsed.device, 1)
+    _writable_folder("--out", out.parent)
+    from .generate import write_samples
+
+    write_samples(run, caption, out, n=parsed.n, seed=parsed.seed, device=parsed.device)
+    print(out)
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace, given: Sequence[str]) -> int:
+    run = runs.open_run(parsed.run_folder)
+    launch.check_devices(parsed.device, 1)
+    from .evaluate import evaluate
+
+    evaluate(run, parsed.device)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="distopt-dalle",
+        description="A complete, small DALL-E, trained with distopt's compressed gradients.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        added.set_defaults(run=run)
+        added.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+        return added
+
+    demo = command("demo", _demo, "Train both stages on the drawn task, sample, score, and write a report.")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
+    _add_ranks(demo)
+    _add_steps(demo, "the published scores need the default")
+    demo.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    demo.add_argument(
+        "--reducer",
+        choices=("powersgd", "allreduce"),
+        default="powersgd",
+        help="average gradients compressed, or exactly (default: powersgd)",
+    )
+    demo.add_argument(
+        "--rank", type=_whole(1, 1024), metavar="R", help="rank of the compressed gradients (default: the demo's own)"
+    )
+
+    train = command("train", _train, "Train both stages on a folder of pictures with captions: name.jpg and name.txt.")
+    train.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, searched with its subfolders")
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if missing")
+    train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
+    _add_ranks(train)
+    _add_steps(train, "overrides the configuration")
+    train.add_argument(
+        "--size", type=_whole(8, 512), metavar="PX", help="side of the pictures, a multiple of 4 (default: 32)"
+    )
+    train.add_argument("--seed", type=_whole(0, MAX_SEED), metavar="N", help="default: 0")
+    train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
+
+    sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
+    _add_run(sample)
+    sample.add_argument("--caption", required=True, metavar="TEXT", help="what to draw")
+    sample.add_argument("--out", type=Path, required=True, metavar="F.png", help="one picture, or a sheet of several")
+    sample.add_argument("--n", type=_whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)")
+    sample.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+
+    evaluate = command("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")
+    _add_run(evaluate)
+    return parser
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    meaning = "processes that train together (default: 2; under torchrun, those that it started)"
+    parser.add_argument("--ranks", type=_whole(1, 64), default=2, metavar="N", help=meaning)
+
+
+def _add_steps(parser: argparse.ArgumentParser, remark: str) -> None:
+    for stage, name in ((1, "discrete VAE"), (2, "transformer")):
+        meaning = f"optimizer steps of the {name} ({remark})"
+        parser.add_argument(f"--steps-{stage}", type=_whole(1, 10_000_000), metavar="N", help=meaning)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    meaning = "a folder that demo or train wrote"
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN", dest="run_folder", help=meaning)
+
+
+def _toml_names() -> str:
+    values = {field.name: getattr(TrainSettings(), field.name) for field in dataclasses.fields(TrainSettings)}
+    return ", ".join(f"[{name}]" if dataclasses.is_dataclass(value) else name for name, value in values.items())
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    words = f"a whole number from {low} to {high}" if high < MAX_SEED else f"a whole number from {low} to 2**63 - 1"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"is {text!r}, but must be {words}")
+        return value
+
+    return parse
+
+
+def _data_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise InputError(f"--data {folder}: there is no such folder")
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: is not a folder")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"--data {folder}: cannot be read: permission denied")
+
+
+def _writable_folder(flag: str, folder: Path) -> None:
+    """Make ``folder`` and try to write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot be written to: {error.strerror}") from None
+
+
+def _could_be_written(flag: str, folder: Path) -> None:
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {folder}: cannot be written to: {nearest} is not a folder that we may write to")

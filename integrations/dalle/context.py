@@ -1,0 +1,80 @@
+"""What a training stage is given and gives back: the seams between the data, the two stages and the commands."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Source(Protocol):
+    """Pictures and captions to learn from. A batch is a pure function of the generator that it is drawn with."""
+
+    @property
+    def size(self) -> int:
+        """Side of the square pictures, in pixels."""
+        ...
+
+    def pictures(self, n: int, rng: np.random.Generator) -> Tensor:
+        """Draw pictures without captions, ``(n, 3, size, size)`` float32 in [0, 1]: what stage 1 sees."""
+        ...
+
+    def pairs(self, n: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
+        """Draw captions and their pictures ``(n, 3, size, size)``: what stage 2 sees, never a held-out caption."""
+        ...
+
+    def captions(self) -> Iterable[str]:
+        """Give the training captions that the text tokenizer learns its merges from."""
+        ...
+
+
+class Journal(Protocol):
+    """Where a stage reports its progress."""
+
+    def log(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Take the values of one step out of ``total``; every rank calls it, rank 0's is shown."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """The surroundings of a training stage.
+
+    Args:
+        rank: this process among ``world_size``.
+        world_size: processes that train together; each sees its own part of the global batch.
+        device: where the model lives.
+        seed: decides initial weights and every batch.
+        reducer: the ``distopt`` reducer to register on DDP; ``None`` trains in this process alone.
+        journal: receives losses and metrics; ``None`` stays silent.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    reducer: Any = None
+    journal: Journal | None = None
+
+    def rng(self, stage: int, step: int) -> np.random.Generator:
+        """The generator of this rank's batch at ``step``: a pure function of seed, stage, rank and step."""
+        return np.random.default_rng([self.seed, stage, self.rank, step])
+
+    def log(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """Pass ``values`` to the journal, if there is one."""
+        if self.journal is not None:
+            self.journal.log(step, total, values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage ends with: the trained module without wrappers, its curve, and what communication cost."""
+
+    model: nn.Module
+    steps: int
+    final_loss: float
+    curve: Sequence[tuple[int, float]]
+    wall_seconds: float
+    stats: Any = None

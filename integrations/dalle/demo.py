@@ -1,0 +1,102 @@
+"""The demo: trains both stages on the drawn task, scores what the model draws, and writes everything to one folder."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import distopt
+
+from . import recipe, report, runs, sheets
+from .context import Context
+from .dvae import DVAESettings
+from .evaluate import Graded, score_scenes
+from .recipe import Recipe
+from .scenes import Scenes
+from .settings import DemoSettings
+from .stage1 import Stage1Settings
+from .stage2 import SamplingSettings, Stage2Settings
+
+_RANK = 4
+_VOCABULARY = 256
+_TEXT_LENGTH = 24
+_SHOWN = 8
+"""Samples of each split on the sheet: one row."""
+_FOOTER = "The first captions of each split, one free sample each; nothing is selected or corrected."
+_TITLES = {
+    "s0": "S0 · seen captions, drawn anew",
+    "s1": "S1 · unseen combinations",
+    "s2": "S2 · colour-shape pairs never captioned",
+}
+
+
+def run(settings: DemoSettings, out: Path, context: Context) -> None:
+    """Train, score and write; every rank calls it.
+
+    Args:
+        settings: what the user chose.
+        out: the run's folder, which exists.
+        context: rank, device and seed.
+    """
+    began = time.perf_counter()
+    task = Scenes()
+    chosen = _recipe(settings)
+    with recipe.journal_of(out, context) as journal:
+        journal.say(f"{chosen.surroundings(context)}; writing to {out}")
+        trained = recipe.train(task, chosen, context, journal)
+        journal.say(f"sampling and scoring {settings.n} captions of each split")
+        figures, samples = score_scenes(trained.model, task, n=settings.n, show=_SHOWN, context=context)
+    if context.rank != 0:
+        return
+    full = {
+        **figures,
+        **trained.figures(),
+        "world_size": context.world_size,
+        "seed": settings.seed,
+        "wall_seconds": recipe.seconds_since(began),
+        "task": {**task.describe(), "sampling": dataclasses.asdict(chosen.sampling)},
+        "training": chosen.describe(),
+        "peak_memory_bytes": report.peak_memory(),
+        "versions": report.versions(),
+    }
+    _draw_samples(out / "samples.png", figures, samples)
+    trained.draw_reconstructions(out / "reconstructions.png", task, context)
+    trained.draw_losses(out / "loss.png")
+    runs.write_json(out / runs.REPORT, report.finite(full))
+    kept = {"seed": settings.seed, "n": settings.n, "task_seed": task.seed, "training": chosen.describe()}
+    trained.model.save(out, "demo", kept)
+    lines = [*report.score_lines(full), *report.stage_lines(full), *report.file_lines(out)]
+    print(report.framed(f"distopt-dalle demo: {full['wall_seconds']:.0f} s on {context.world_size} ranks", lines))
+
+
+def _recipe(settings: DemoSettings) -> Recipe:
+    stage1, stage2 = Stage1Settings(), Stage2Settings()
+    if settings.steps_1 is not None:
+        stage1 = dataclasses.replace(stage1, steps=settings.steps_1)
+    if settings.steps_2 is not None:
+        stage2 = dataclasses.replace(stage2, steps=settings.steps_2)
+    exact = settings.reducer == "allreduce"
+    return Recipe(
+        dvae=DVAESettings(),
+        stage1=stage1,
+        vocabulary=_VOCABULARY,
+        text_length=_TEXT_LENGTH,
+        transformer={},
+        stage2=stage2,
+        sampling=SamplingSettings(),
+        reducer=distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.rank or _RANK),
+    )
+
+
+def _draw_samples(path: Path, figures: Mapping[str, Any], samples: Mapping[str, Graded]) -> None:
+    sections = []
+    for split, graded in samples.items():
+        score = graded.score
+        note = f"{score.exact:.1%} exact, 95 % interval {score.low:.1%} to {score.high:.1%}, n = {score.n}"
+        cells = [
+            sheets.Cell([picture], caption, right)
+            for (caption, right), picture in zip(graded.captions, graded.pictures, strict=True)
+        ]
+        sections.append(sheets.Section(_TITLES[split], note, cells))
+    sheets.draw_sheet(path, sections, columns=_SHOWN, footer=_FOOTER)

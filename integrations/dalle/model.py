@@ -1,0 +1,94 @@
+"""A trained model as one thing: both networks, the text tokenizer and how to sample; saved to and loaded from a run."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from . import runs
+from .dvae import DVAE, DVAESettings
+from .scenes import to_uint8
+from .settings import InputError
+from .stage2 import SamplingSettings, generate
+from .text import Tokenizer
+from .transformer import Transformer, TransformerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Everything that turns a caption into a picture; both networks in eval mode, on one device."""
+
+    dvae: DVAE
+    transformer: Transformer
+    tokenizer: Tokenizer
+    sampling: SamplingSettings
+
+    def draw(self, captions: Sequence[str], seed: int) -> np.ndarray:
+        """Draw one free sample for each caption.
+
+        Args:
+            captions: any texts; what the tokenizer never saw is unknown to it.
+            seed: decides the samples.
+
+        Returns:
+            uint8 ``(len(captions), size, size, 3)``.
+        """
+        generator = torch.Generator(self.transformer.start.device).manual_seed(seed)
+        return to_uint8(generate(self.transformer, self.dvae, self.tokenizer, captions, self.sampling, generator))
+
+    def save(self, folder: Path, kind: str, more: Mapping[str, Any]) -> None:
+        """Write the model into a run's folder; the settings come last and make it a finished run.
+
+        Args:
+            folder: must exist.
+            kind: "demo" or "folder".
+            more: further settings to keep, ready for JSON.
+        """
+        # Through our own file: the library's would be readable by its owner alone.
+        (folder / runs.DVAE).write_bytes(save(_tensors(self.dvae)))
+        (folder / runs.TRANSFORMER).write_bytes(save(_tensors(self.transformer)))
+        self.tokenizer.save(folder / runs.TOKENIZER)
+        settings = {
+            "format": runs.FORMAT,
+            "kind": kind,
+            "dvae": dataclasses.asdict(self.dvae.settings),
+            "transformer": dataclasses.asdict(self.transformer.settings),
+            "sampling": dataclasses.asdict(self.sampling),
+            **more,
+        }
+        runs.write_json(folder / runs.SETTINGS, settings)
+
+    @classmethod
+    def load(cls, run: runs.Run, device: torch.device) -> "Model":
+        """Read the model of a finished run.
+
+        Raises:
+            InputError: a file is damaged, or does not belong to the settings.
+        """
+        try:
+            dvae = DVAE(DVAESettings(**run.settings["dvae"]))
+            dvae.load_state_dict(load_file(run.folder / runs.DVAE))
+            transformer = Transformer(TransformerSettings(**run.settings["transformer"]))
+            transformer.load_state_dict(load_file(run.folder / runs.TRANSFORMER))
+            tokenizer = Tokenizer.load(run.folder / runs.TOKENIZER)
+            sampling = SamplingSettings(**run.settings["sampling"])
+        # The tokenizer's library raises bare exceptions for files that it cannot read.
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise InputError(f"--run {run.folder}: the model cannot be read: {first}") from error
+        return cls(
+            dvae=dvae.to(device).eval(),
+            transformer=transformer.to(device).eval(),
+            tokenizer=tokenizer,
+            sampling=sampling,
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}

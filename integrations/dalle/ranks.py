@@ -1,0 +1,103 @@
+"""One rank: joins the others, does its task, and leaves word of what went wrong."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distopt.errors import DistoptError
+
+from .context import Context
+from .launch import FAILED, INTERRUPTED, MEETING, REFUSED, Place
+
+
+def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) -> int:
+    """Join the other ranks and do ``task`` with them.
+
+    Args:
+        where: this process among the ranks.
+        device: "cpu" (gloo) or "cuda" (nccl, one device a rank).
+        seed: for the context.
+        task: what to do; every rank does it.
+
+    Returns:
+        0. After any error the process ends here and now, with its exit code: communication that waits for other ranks
+        must not keep it alive.
+    """
+    meeting = os.environ.get(MEETING)
+    if meeting is not None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        with _process_group(where, device, meeting) as torch_device:
+            task(Context(rank=where.rank, world_size=where.world_size, device=torch_device, seed=seed))
+        return 0
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        refused = isinstance(error, DistoptError)
+        code = REFUSED if refused else FAILED
+        if meeting is not None:
+            line = str(error) if refused else _one_line(error)
+            _leave_word(Path(meeting), where.rank, line, "" if refused else traceback.format_exc())
+        elif refused:
+            print(f"distopt-dalle: error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def single_thread() -> None:
+    """Let torch use one thread in this process, or as many as the user's ``OMP_NUM_THREADS`` says.
+
+    Models of this size are slower with two threads than with one when anything else runs.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    torch.set_num_threads(max(1, int(wanted)) if wanted.isdigit() else 1)
+
+
+@contextlib.contextmanager
+def _process_group(where: Place, device: str, meeting: str | None) -> Generator[torch.device]:
+    single_thread()
+    chosen = torch.device("cpu")
+    if device == "cuda":
+        chosen = torch.device("cuda", where.local_rank)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method="env://" if meeting is None else f"file://{meeting}/store",
+        rank=where.rank,
+        world_size=where.world_size,
+        timeout=timedelta(minutes=30),
+    )
+    yield chosen
+    # Nobody leaves while another rank is still talking to it.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _leave_word(meeting: Path, rank: int, line: str, details: str) -> None:
+    with contextlib.suppress(OSError):
+        (meeting / f"rank-{rank}.txt").write_text(f"{line}\n{details}", encoding="utf-8")
+
+
+def _one_line(error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _end_with_parent() -> None:
+    # The parent never writes; the read ends when the parent does, however it ended.
+    with contextlib.suppress(OSError, ValueError):
+        os.read(0, 1)
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,156 @@
+"""Both stages, one after the other, on any source: what the demo and the training on a folder have in common."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import distopt
+
+from . import report, runs, sheets
+from .context import Context, Source, StageResult
+from .dvae import DVAESettings
+from .journal import RunJournal
+from .model import Model
+from .scenes import to_uint8
+from .stage1 import Stage1Settings, train_dvae
+from .stage2 import SamplingSettings, Stage2Settings, train_transformer
+from .text import Tokenizer
+from .transformer import TransformerSettings
+
+_Stage = TypeVar("_Stage", Stage1Settings, Stage2Settings)
+STAGES = ("stage 1", "stage 2")
+_TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer")
+_ROOM_FOR_TEXT = 4
+"""Text positions beyond the longest training caption: what BPE dropout and other wordings take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of both stages.
+
+    Args:
+        dvae: size of the discrete VAE.
+        stage1: how it is trained.
+        vocabulary: text tokens, at most.
+        text_length: text tokens of a caption, at most.
+        transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
+        stage2: how the transformer is trained.
+        sampling: how image tokens are drawn.
+        reducer: how gradients are averaged.
+    """
+
+    dvae: DVAESettings
+    stage1: Stage1Settings
+    vocabulary: int
+    text_length: int
+    transformer: dict[str, Any]
+    stage2: Stage2Settings
+    sampling: SamplingSettings
+    reducer: distopt.AllReduce | distopt.PowerSGD
+
+    def surroundings(self, context: Context) -> str:
+        """Say who trains, and how gradients are averaged."""
+        ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''} on {context.device.type}"
+        if isinstance(self.reducer, distopt.PowerSGD):
+            return f"{ranks}, gradients compressed by PowerSGD of rank {self.reducer.rank}"
+        return f"{ranks}, gradients averaged exactly"
+
+    def describe(self) -> dict[str, Any]:
+        """Give how the run was trained, ready for JSON; the model's own settings are saved with the model."""
+        communication: dict[str, Any] = {"reducer": type(self.reducer).__name__.lower()}
+        if isinstance(self.reducer, distopt.PowerSGD):
+            communication["rank"] = self.reducer.rank
+        return {
+            "stage1": dataclasses.asdict(self.stage1),
+            "stage2": dataclasses.asdict(self.stage2),
+            "communication": communication,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trained model with how its two stages went."""
+
+    model: Model
+    stage1: StageResult
+    stage2: StageResult
+
+    def figures(self) -> dict[str, Any]:
+        """``stage1`` and ``stage2`` for the report."""
+        return {"stage1": report.stage_figures(self.stage1), "stage2": report.stage_figures(self.stage2)}
+
+    def draw_losses(self, path: Path) -> None:
+        """Write the loss curves of both stages."""
+        curves = (self.stage1.curve, self.stage2.curve)
+        sheets.draw_losses(path, dict(zip(_TITLES, curves, strict=True)))
+
+    def draw_reconstructions(self, path: Path, source: Source, context: Context) -> None:
+        """Write a sheet of pictures beside what their argmax tokens decode to."""
+        pictures = source.pictures(30, context.rng(0, 0)).to(context.device)
+        decoded = to_uint8(self.model.dvae.decode(self.model.dvae.tokenize(pictures)))
+        cells = [sheets.Cell(pair) for pair in zip(to_uint8(pictures), decoded, strict=True)]
+        tokens = self.model.transformer.settings.image_length
+        section = sheets.Section("Reconstructions", f"left a picture, right what its {tokens} tokens decode to", cells)
+        sheets.draw_sheet(path, [section], columns=6)
+
+
+@contextlib.contextmanager
+def journal_of(out: Path, context: Context) -> Generator[RunJournal]:
+    """Begin a run in ``out``: what an earlier one left there no longer counts as finished."""
+    if context.rank == 0:
+        for name in (runs.SETTINGS, runs.REPORT):
+            (out / name).unlink(missing_ok=True)
+    journal = RunJournal(out if context.rank == 0 else None, shown=context.rank == 0)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal) -> Trained:
+    """Train the text tokenizer, the discrete VAE and the transformer.
+
+    Args:
+        source: pictures and captions.
+        recipe: all settings.
+        context: rank, device and seed; its reducer and journal are set here.
+        journal: shows the progress.
+
+    Returns:
+        The model, equal on all ranks, and how the stages went on this one.
+    """
+    tokenizer = Tokenizer.train(source.captions(), recipe.vocabulary)
+    text_length = min(recipe.text_length, tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT)
+    with journal.stage(STAGES[0]) as stage:
+        surroundings = dataclasses.replace(context, reducer=recipe.reducer, journal=stage)
+        stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
+    dvae: Any = stage1.model.eval()
+    settings = TransformerSettings(
+        text_vocabulary=tokenizer.vocabulary,
+        text_length=text_length,
+        codes=recipe.dvae.codes,
+        grid=recipe.dvae.grid,
+        **recipe.transformer,
+    )
+    with journal.stage(STAGES[1]) as stage:
+        surroundings = dataclasses.replace(context, reducer=recipe.reducer, journal=stage)
+        how = _divisible(recipe.stage2, context.world_size)
+        stage2 = train_transformer(source, dvae, tokenizer, settings, how, surroundings)
+    transformer: Any = stage2.model.eval()
+    model = Model(dvae=dvae, transformer=transformer, tokenizer=tokenizer, sampling=recipe.sampling)
+    return Trained(model=model, stage1=stage1, stage2=stage2)
+
+
+def _divisible(settings: _Stage, ranks: int) -> _Stage:
+    """The settings with the batch raised to the next multiple of the ranks: any number of ranks can run any recipe."""
+    return dataclasses.replace(settings, batch=math.ceil(settings.batch / ranks) * ranks)
+
+
+def seconds_since(began: float) -> float:
+    """Seconds since ``began`` on the clock of ``time.perf_counter``, as the report shows them."""
+    return round(time.perf_counter() - began, 1)

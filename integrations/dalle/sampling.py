@@ -1,0 +1,100 @@
+"""Draws image codes for captions, one position at a time, with the keys and values of earlier positions kept."""
+
+import torch
+from torch import Tensor
+
+from distopt.errors import SettingError
+
+from .text import PAD
+from .transformer import Cache, Transformer
+
+
+def filter_logits(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Shape a distribution before drawing from it.
+
+    Args:
+        logits: ``(B, K)``.
+        temperature: divides the logits; 0 keeps the most likely code alone.
+        top_k: keep this many of the most likely codes; ``None`` keeps all.
+        top_p: then keep the most likely codes up to the first whose cumulated probability reaches ``top_p``.
+
+    Returns:
+        Logits ``(B, K)``, minus infinity where a code is left out; at least one code is left.
+
+    Example:
+        >>> filter_logits(torch.tensor([[2.0, 1.0, 0.0]]), temperature=1.0, top_k=2, top_p=None)
+        tensor([[2., 1., -inf]])
+    """
+    _check(temperature, top_k, top_p)
+    if temperature == 0:
+        temperature, top_k = 1.0, 1
+    logits = logits / temperature
+    if top_k is None and top_p is None:
+        return logits
+    # Ranks, not a threshold: among equal logits exactly top_k stay.
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        keep[:, top_k:] = False
+    if top_p is not None:
+        probability = ordered.masked_fill(~keep, -torch.inf).softmax(-1)
+        keep &= probability.cumsum(-1) - probability < top_p
+    ordered = ordered.masked_fill(~keep, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, order, ordered)
+
+
+@torch.no_grad()
+def sample(
+    transformer: Transformer,
+    text: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one picture's codes for each caption.
+
+    Args:
+        transformer: the model; it is run as it is, so put it into eval mode first.
+        text: ``(B, T)`` int64 with ``PAD``.
+        temperature: see ``filter_logits``.
+        top_k: see ``filter_logits``.
+        top_p: see ``filter_logits``.
+        guidance: s in ``u + s (c - u)`` with the logits c under the caption and u under an empty one; 1 is plain
+            sampling. Others need a model that was trained with captions dropped, and twice the time.
+        generator: on the device of ``text``; decides every draw.
+
+    Returns:
+        ``(B, G)`` int64.
+
+    Raises:
+        SettingError: where a value is out of its range.
+    """
+    _check(temperature, top_k, top_p)
+    captions = len(text)
+    if guidance != 1.0:
+        text = torch.cat([text, torch.full_like(text, PAD)])
+    cache = Cache()
+    codes = torch.empty(len(text), 0, dtype=torch.int64, device=text.device)
+    transformer.hidden(transformer.embed_text(text), cache)
+    for slot in range(transformer.settings.image_length):
+        hidden = transformer.hidden(transformer.embed_image(codes, slice(slot, slot + 1)), cache)
+        logits = transformer.image_logits(hidden[:, -1])
+        if guidance != 1.0:
+            under, empty = logits.split(captions)
+            logits = empty + guidance * (under - empty)
+        probability = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
+        drawn = torch.multinomial(probability, 1, generator=generator)
+        codes = torch.cat([codes, drawn if guidance == 1.0 else torch.cat([drawn, drawn])], dim=1)
+    return codes[:captions]
+
+
+def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not temperature >= 0:
+        raise SettingError("temperature", temperature, "at least 0")
+    if top_k is not None and top_k < 1:
+        raise SettingError("top_k", top_k, "at least 1, or None for all codes")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise SettingError("top_p", top_p, "above 0 and at most 1, or None for all codes")

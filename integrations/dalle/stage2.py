@@ -1,0 +1,318 @@
+"""Stage 2: trains the transformer on captions and argmax tokens of their pictures, then scores what it draws.
+
+Every picture is tokenised on the fly by the frozen dVAE. All that makes the training distributed is DDP and one line of
+``distopt``; a batch is a pure function of seed, rank and step.
+
+Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, section 2.2 and appendix B.2 (AdamW with betas 0.9
+and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % BPE dropout).
+"""
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import distopt
+from distopt.errors import SettingError
+
+from .codes import Codec, code_vectors
+from .context import Context, Source, StageResult
+from .sampling import sample
+from .scenes import Scenes, Triple, to_uint8
+from .scorer import matches_all
+from .text import PAD, Tokenizer
+from .transformer import Transformer, TransformerSettings
+
+STAGE = 2
+"""The number of this stage in the seeds of its batches."""
+
+_EVALUATION = 1_000_000_007
+"""A stage number that no training batch has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage2Settings:
+    """How the transformer is trained.
+
+    Args:
+        steps: optimizer steps.
+        batch: captions with pictures a step, over all ranks.
+        learning_rate: the highest one.
+        warmup: fraction of the steps in which the learning rate rises linearly; it then falls as a half cosine.
+        final_learning_rate: where it ends, as a fraction of ``learning_rate``.
+        betas: AdamW's decay rates.
+        weight_decay: AdamW's, times the learning rate; matrices alone decay, no embedding, gain or bias.
+        clip: largest global norm of the gradient.
+        averaging: fraction of the steps so far over which the averaged weights reach back; 0 keeps the last weights.
+        bpe_dropout: probability with which a merge of the text tokenizer is passed over in training.
+        uncaptioned: fraction of a batch that are the source's pictures without captions, under an empty caption. They
+            teach what pictures look like apart from what captions name, and guidance needs them.
+
+    Raises:
+        SettingError: where a value is out of its range.
+    """
+
+    steps: int = 4500
+    batch: int = 32
+    learning_rate: float = 4e-3
+    warmup: float = 0.05
+    final_learning_rate: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.96)
+    weight_decay: float = 0.045
+    clip: float = 1.0
+    averaging: float = 0.05
+    bpe_dropout: float = 0.1
+    uncaptioned: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise SettingError(f"Stage2Settings.{name}", value, "an integer of at least 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"Stage2Settings.{name}", getattr(self, name), "above 0")
+        if not self.weight_decay >= 0:
+            raise SettingError("Stage2Settings.weight_decay", self.weight_decay, "at least 0")
+        for name in ("warmup", "final_learning_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"Stage2Settings.{name}", getattr(self, name), "from 0 to 1")
+        for name in ("averaging", "bpe_dropout", "uncaptioned"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"Stage2Settings.{name}", getattr(self, name), "at least 0 and below 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingError("Stage2Settings.betas", self.betas, "two numbers of at least 0 and below 1")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of ``step``, counted from 0.
+
+        Example:
+            >>> settings = Stage2Settings(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.0)
+            >>> [round(settings.learning_rate_at(step), 3) for step in (0, 9, 10, 55, 99)]
+            [0.1, 1.0, 1.0, 0.5, 0.0]
+        """
+        warmup = math.ceil(self.warmup * self.steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        fall = (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))) / 2
+        return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * fall)
+
+
+def train_transformer(
+    source: Source,
+    dvae: Codec,
+    tokenizer: Tokenizer,
+    model: TransformerSettings,
+    settings: Stage2Settings,
+    context: Context,
+) -> StageResult:
+    """Train a transformer on captions and the argmax tokens of their pictures.
+
+    Args:
+        source: captions with pictures.
+        dvae: tokenises pictures; it is not changed.
+        tokenizer: tokenises captions.
+        model: the transformer's size.
+        settings: how it is trained.
+        context: rank, device, seed, reducer and journal.
+
+    Returns:
+        The transformer with averaged weights in eval mode. ``final_loss`` is this rank's mean loss over the last
+        twentieth of the steps, before averaging.
+
+    Raises:
+        SettingError: if the global batch cannot be divided over the ranks.
+    """
+    if settings.batch % context.world_size:
+        raise SettingError("Stage2Settings.batch", settings.batch, f"a multiple of the {context.world_size} ranks")
+    began = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(context.seed)
+        vectors = code_vectors(source, dvae, model, context)
+        transformer = Transformer(model, vectors).to(context.device)
+    averaged = copy.deepcopy(transformer).requires_grad_(False)
+    trained, registration = _distribute(transformer, context)
+    optimizer = _optimizer(transformer, settings)
+    curve: list[tuple[int, float]] = []
+    trained.train()
+    for step in range(settings.steps):
+        text, image = _batch(source, dvae, tokenizer, model, settings, context, step)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(step)
+        losses = trained(text, image)
+        loss = losses.total()
+        loss.backward()
+        nn.utils.clip_grad_norm_(transformer.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        _average(averaged, transformer, step, settings)
+        curve.append((step, loss.item()))
+        values = {"loss": curve[-1][1], "text": losses.text.item(), "image": losses.image.item()}
+        context.log(step + 1, settings.steps, {**values, "learning_rate": settings.learning_rate_at(step)})
+    last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
+    return StageResult(
+        model=averaged.eval(),
+        steps=settings.steps,
+        final_loss=sum(last) / len(last),
+        curve=curve,
+        wall_seconds=time.perf_counter() - began,
+        stats=None if registration is None else registration.stats(),
+    )
+
+
+def _distribute(transformer: Transformer, context: Context) -> tuple[nn.Module, Any]:
+    """Wrap the model in DDP with the context's reducer, where there are processes to train with."""
+    if context.reducer is None or not dist.is_initialized():
+        return transformer, None
+    ids = [context.device.index] if context.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(transformer, device_ids=ids)
+    return wrapped, distopt.register(wrapped, context.reducer)
+
+
+def _optimizer(transformer: Transformer, settings: Stage2Settings) -> torch.optim.AdamW:
+    linear = {id(m.weight) for m in transformer.modules() if isinstance(m, nn.Linear)}
+    decay = [p for p in transformer.parameters() if id(p) in linear]
+    rest = [p for p in transformer.parameters() if id(p) not in linear]
+    groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+
+
+def _batch(
+    source: Source,
+    dvae: Codec,
+    tokenizer: Tokenizer,
+    model: TransformerSettings,
+    settings: Stage2Settings,
+    context: Context,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """This rank's text and image tokens of ``step``."""
+    rng = context.rng(STAGE, step)
+    share = settings.batch // context.world_size
+    # A fraction of a picture is left to chance.
+    silent = int(settings.uncaptioned * share + rng.random())
+    captions, pictures = source.pairs(share - silent, rng)
+    text = tokenizer.encode(captions, model.text_length, rng=rng, dropout=settings.bpe_dropout)
+    if silent:
+        text = F.pad(text, (0, 0, 0, silent), value=PAD)
+        pictures = torch.cat([pictures, source.pictures(silent, rng)])
+    with torch.no_grad():
+        image = dvae.tokenize(pictures.to(context.device))
+    return text.to(context.device), image
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, transformer: nn.Module, step: int, settings: Stage2Settings) -> None:
+    """Move the averaged weights towards the last ones, over a window that grows with the steps."""
+    weight = 1.0 if settings.averaging == 0 else min(1.0, 1 / (1 + settings.averaging * step))
+    for mean, last in zip(averaged.parameters(), transformer.parameters(), strict=True):
+        mean.lerp_(last, weight)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """An exact score: the share of pictures that match their caption, with its 95 % Wilson interval."""
+
+    exact: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How one free sample is drawn for each caption; the fields are those of ``sampling.sample``."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0
+
+
+@torch.no_grad()
+def generate(
+    transformer: Transformer,
+    dvae: Codec,
+    tokenizer: Tokenizer,
+    captions: Sequence[str],
+    settings: SamplingSettings,
+    generator: torch.Generator,
+    batch: int = 256,
+) -> Tensor:
+    """Draw one picture for each caption.
+
+    Returns:
+        ``(len(captions), 3, H, W)`` float32 in [0, 1] on the CPU.
+    """
+    text = tokenizer.encode(captions, transformer.settings.text_length)
+    pictures = [
+        dvae.decode(
+            sample(transformer, part.to(generator.device), generator=generator, **dataclasses.asdict(settings))
+        ).cpu()
+        for part in text.split(batch)
+    ]
+    return torch.cat(pictures)
+
+
+def evaluate_generation(
+    task: Scenes,
+    transformer: Transformer,
+    dvae: Codec,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    n: int = 400,
+    sampling: SamplingSettings,
+    seed: int = 0,
+    shuffled: bool = False,
+) -> tuple[Score, list[tuple[str, bool]], Tensor]:
+    """Sample one picture for each of ``n`` captions of a split and read them back.
+
+    Args:
+        task: gives the captions.
+        transformer: in eval mode.
+        dvae: decodes.
+        tokenizer: of the captions.
+        split: "s0", "s1" or "s2".
+        n: captions.
+        sampling: temperature and the like, the same for all captions.
+        seed: decides captions and samples.
+        shuffled: draw each picture for the caption of another: the control, which must score near 0.
+
+    Returns:
+        The score, each caption with whether its picture matches it, and the pictures.
+    """
+    rng = np.random.default_rng([seed, _EVALUATION, ("s0", "s1", "s2").index(split)])
+    drawn = task.test_captions(split, n, rng)
+    triples: list[Triple] = [triple for triple, _ in drawn]
+    captions = [caption for _, caption in drawn]
+    device = transformer.start.device
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
+    said = captions[1:] + captions[:1] if shuffled else captions
+    pictures = generate(transformer, dvae, tokenizer, said, sampling, generator)
+    right = matches_all(to_uint8(pictures), triples)
+    return wilson(sum(right), n), list(zip(captions, right, strict=True)), pictures
+
+
+def wilson(hits: int, n: int) -> Score:
+    """Give a share with its 95 % Wilson score interval.
+
+    Example:
+        >>> score = wilson(90, 100)
+        >>> round(score.low, 3), round(score.high, 3)
+        (0.826, 0.945)
+    """
+    z = 1.959963984540054
+    share = hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Score(exact=share, low=max(0.0, min(share, centre - half)), high=min(1.0, max(share, centre + half)), n=n)

@@ -1,0 +1,136 @@
+"""Trains both stages on a folder of captioned pictures, and measures what was learned on pictures held out."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+import distopt
+
+from . import recipe, report, runs, sheets
+from .context import Context
+from .dvae import DVAESettings
+from .evaluate import score_folder
+from .folder import FolderSource
+from .model import Model
+from .pictures import NAMES_SHOWN, Pictures, read_folder
+from .recipe import Recipe
+from .scenes import to_uint8
+from .settings import TrainSettings
+from .stage1 import Stage1Settings
+from .stage2 import SamplingSettings, Stage2Settings
+
+_SHOWN = 24
+_COLUMNS = 6
+_FOOTER = "Held-out captions with one free sample each; nothing is selected or corrected."
+
+
+def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, read: bool) -> None:
+    """Train, measure and write; every rank calls it.
+
+    Args:
+        settings: what the user chose.
+        data: the folder of pictures.
+        out: the run's folder, which exists.
+        context: rank, device and seed.
+        read: whether ``data`` must still be read; otherwise ``out`` has the pictures already.
+
+    Raises:
+        InputError: too few pictures are usable.
+        SettingError: a setting does not fit the number of ranks.
+    """
+    began = time.perf_counter()
+    pictures = _pictures(settings, data, out, context, read)
+    source = FolderSource(pictures, held_out=settings.held_out, shift=settings.shift)
+    chosen = _recipe(settings)
+    with recipe.journal_of(out, context) as journal:
+        for line in pictures.summary():
+            journal.say(line)
+        journal.say(f"{chosen.surroundings(context)}; writing to {out}")
+        trained = recipe.train(source, chosen, context, journal)
+    if context.rank != 0:
+        return
+    training, held_out = source.counts
+    full = {
+        **score_folder(trained.model, source, context.device),
+        **trained.figures(),
+        "data": {
+            "folder": str(data),
+            "pictures": len(pictures.names),
+            "training": training,
+            "held_out": held_out,
+            "left_out": {reason: len(names) for reason, names in pictures.left_out.items()},
+            "left_out_names": {reason: list(names[:NAMES_SHOWN]) for reason, names in pictures.left_out.items()},
+        },
+        "world_size": context.world_size,
+        "seed": settings.seed,
+        "wall_seconds": recipe.seconds_since(began),
+        "sampling": dataclasses.asdict(chosen.sampling),
+        "training": chosen.describe(),
+        "peak_memory_bytes": report.peak_memory(),
+        "versions": report.versions(),
+    }
+    _draw_samples(out / "samples.png", trained.model, source, settings.seed)
+    trained.draw_reconstructions(out / "reconstructions.png", source, context)
+    trained.draw_losses(out / "loss.png")
+    runs.write_json(out / runs.REPORT, report.finite(full))
+    kept = {"seed": settings.seed, "data": {"held_out": settings.held_out}, "training": chosen.describe()}
+    trained.model.save(out, "folder", kept)
+    lines = [*report.held_out_lines(full), *report.stage_lines(full), *report.file_lines(out)]
+    title = f"{data}: {training} pictures trained on, {held_out} held out, {full['wall_seconds']:.0f} s"
+    print(report.framed(title, lines))
+
+
+def _pictures(settings: TrainSettings, data: Path, out: Path, context: Context, read: bool) -> Pictures:
+    """The pictures of the folder; where nobody has read them yet, rank 0 does so for all."""
+    if read:
+        refused: list[Exception | None] = [None]
+        if context.rank == 0:
+            try:
+                pictures = read_folder(data, settings.size)
+                pictures.require(settings.held_out)
+                pictures.save(out)
+            except Exception as error:
+                refused = [error]
+        if context.world_size > 1:
+            dist.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
+    return Pictures.load(out)
+
+
+def _recipe(settings: TrainSettings) -> Recipe:
+    one, two = _given(settings.stage1), _given(settings.stage2)
+    codes = {"codes": one.pop("codes")} if "codes" in one else {}
+    shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
+    vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
+    exact = settings.communication.reducer == "allreduce"
+    return Recipe(
+        dvae=DVAESettings(size=settings.size, grid=settings.size // 4, **codes),
+        stage1=Stage1Settings(**one),
+        vocabulary=vocabulary,
+        text_length=text_length,
+        transformer=shape,
+        stage2=Stage2Settings(**two),
+        sampling=SamplingSettings(**_given(settings.sampling)),
+        reducer=distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.communication.rank),
+    )
+
+
+def _given(options: Any) -> dict[str, Any]:
+    """The options that were set, by name."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+
+
+def _draw_samples(path: Path, model: Model, source: FolderSource, seed: int) -> None:
+    captions, pictures = source.held_out(1024)
+    # Different captions first: folders often say the same of many pictures.
+    first_of = {caption: i for i, caption in reversed(list(enumerate(captions)))}
+    order = sorted(range(len(captions)), key=lambda i: (first_of[captions[i]] != i, i))[:_SHOWN]
+    drawn = model.draw([captions[i] for i in order], seed)
+    real = to_uint8(pictures[order])
+    cells = [sheets.Cell([truth, sample], captions[i]) for i, truth, sample in zip(order, real, drawn, strict=True)]
+    section = sheets.Section("Held-out captions", "left the real picture, right what the model drew", cells)
+    sheets.draw_sheet(path, [section], columns=_COLUMNS, footer=_FOOTER)

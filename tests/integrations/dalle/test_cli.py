@@ -1,0 +1,178 @@
+"""The command line: what is refused in one line with exit code 2, before torch is imported or a process is started."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distopt.integrations.dalle import launch, runs
+from distopt.integrations.dalle.cli import main
+from PIL import Image
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"shade {i}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr(launch, "start", refuse)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _refused(capsys, arguments, *words):
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["COMMAND"]),
+        (["paint"], ["paint", "demo"]),
+        (["demo", "--rnaks", "2"], ["--rnaks"]),
+        (["demo", "--ranks", "0"], ["--ranks", "'0'", "from 1 to 64"]),
+        (["demo", "--ranks", "two"], ["--ranks", "'two'", "a whole number"]),
+        (["demo", "--seed", "-1"], ["--seed", "'-1'", "from 0"]),
+        (["demo", "--steps-1", "1.5"], ["--steps-1", "'1.5'"]),
+        (["demo", "--rank", "0"], ["--rank", "'0'", "from 1 to 1024"]),
+        (["demo", "--device", "tpu"], ["--device", "tpu", "cpu"]),
+        (["demo", "--reducer", "magic"], ["--reducer", "magic", "powersgd"]),
+        (["demo", "--out", "/proc/nowhere"], ["--out", "/proc/nowhere", "cannot be written"]),
+        (["demo", "--out", __file__], ["--out", "cannot be written"]),
+        (["train"], ["--data", "--out"]),
+        (["train", "--data", "/nowhere", "--out", "x"], ["--data /nowhere", "no such folder"]),
+        (["train", "--data", __file__, "--out", "x"], ["--data", "is not a folder"]),
+        (["sample", "--run", "/nowhere", "--caption", "a", "--out", "a.png"], ["--run /nowhere", "no such folder"]),
+        (["sample", "--run", ".", "--caption", " ", "--out", "a.png"], ["--caption", "at least one word"]),
+        (["sample", "--run", ".", "--caption", "a", "--out", "a.jpg"], ["--out a.jpg", ".png"]),
+        (["sample", "--run", ".", "--caption", "a", "--out", "a.png", "--n", "0"], ["--n", "'0'", "from 1"]),
+        (["evaluate", "--run", "/nowhere"], ["--run /nowhere", "no such folder"]),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(capsys, arguments, words):
+    _refused(capsys, arguments, *words)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("sise = 3", ["sise", "3", "size"]),
+        ("size = 'big'", ["size", "'big'", "a whole number"]),
+        ("size = 33", ["size", "33", "a multiple of 4"]),
+        ("[stage1]\nstepz = 3", ["stage1.stepz", "steps"]),
+        ("[stage2]\nbatch = 63", ["stage2.batch", "63", "a multiple", "2"]),
+        ("size = ", ["not valid TOML"]),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_line(capsys, tmp_path, data, config, words):
+    path = tmp_path / "f.toml"
+    path.write_text(config)
+    _refused(capsys, ["train", "--data", data, "--out", tmp_path / "run", "--config", path], *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_that_does_not_fit_is_refused(capsys, tmp_path, data):
+    _refused(capsys, ["train", "--data", data, "--out", tmp_path / "run", "--size", "33"], "33", "a multiple of 4")
+
+
+def test_a_folder_without_usable_pictures_is_refused(capsys, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    _refused(capsys, ["train", "--data", folder, "--out", tmp_path / "run"], "0 usable pictures", "name.txt")
+    (folder / "a.png").write_bytes(b"no")
+    (folder / "a.txt").write_text("a")
+    _refused(capsys, ["train", "--data", folder, "--out", tmp_path / "run"], "1 broken")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_must_not_lie_among_its_data(capsys, data):
+    _refused(capsys, ["train", "--data", data, "--out", data], "--out", "data folder")
+    _refused(capsys, ["train", "--data", data, "--out", data / "run"], "--out", "data folder")
+
+
+def test_check_says_what_is_usable_and_trains_nothing(capsys, tmp_path, data):
+    (data / "3.txt").write_text("")
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(data), "--out", str(out), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "3 pictures with captions" in said
+    assert "left out: 1 with an empty caption: 3.png" in said
+    assert not out.exists()
+
+
+def test_check_refuses_an_output_that_cannot_be_written(capsys, data):
+    _refused(capsys, ["train", "--data", data, "--out", __file__ + "/run", "--check"], "--out", "cannot be written")
+
+
+def test_a_good_command_starts_the_ranks_it_was_asked_for(monkeypatch, tmp_path, data):
+    started = []
+    monkeypatch.setattr(launch, "start", lambda *given: started.append(given) or 0)
+    arguments = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--ranks", "4"]
+    assert main(arguments) == 0
+    assert started == [(arguments, 4, tmp_path / "run" / "error.txt")]
+    assert len(json.loads((tmp_path / "run" / "pictures.json").read_text())["names"]) == 4
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--ranks", "3"]) == 0
+    assert started[1][1] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (None, "it has no settings.json"),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format": 99, "kind": "demo"}', "format 99"),
+        ('{"format": 1, "kind": "demo"}', "it has no dvae.safetensors"),
+    ],
+)
+def test_what_is_no_run_is_refused(capsys, tmp_path, settings, words):
+    if settings is not None:
+        (tmp_path / runs.SETTINGS).write_text(settings)
+    _refused(capsys, ["evaluate", "--run", tmp_path], str(tmp_path), words)
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sample"], ["evaluate"]])
+def test_help_explains_the_options(capsys, command):
+    assert main([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    for action in {"demo": ["--ranks", "--reducer"], "train": ["--check", "--config"]}.get("".join(command), []):
+        assert action in out
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--rnaks"], ["train", "--data", "/nowhere", "--out", "x"], ["--help"]])
+def test_a_typo_does_not_wait_for_torch(arguments):
+    program = (
+        "import sys; from distopt.integrations.dalle.cli import main; main(sys.argv[1:]);"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", program, *arguments]
+    subprocess.run(command, check=True, env=environment, capture_output=True, cwd=Path(__file__).parent)
+
+
+def test_under_torchrun_only_rank_zero_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "--data", "/nowhere", "--out", "x"]) == 2
+    assert capsys.readouterr().err == ""
