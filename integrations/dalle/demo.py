@@ -13,10 +13,11 @@ from .context import Context
 from .dvae import DVAESettings
 from .evaluate import Graded, score_scenes
 from .recipe import Recipe
+from .sampling import SamplingSettings
 from .scenes import Scenes
 from .settings import DemoSettings
 from .stage1 import Stage1Settings
-from .stage2 import SamplingSettings, Stage2Settings
+from .stage2 import Stage2Settings
 
 _RANK = 4
 _VOCABULARY = 256

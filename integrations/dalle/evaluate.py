@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .context import Context
 from .folder import FolderSource
+from .grading import Score, evaluate_generation
 from .model import Model
 from .pictures import Pictures
 from .ranks import single_thread
@@ -20,7 +21,6 @@ from .runs import Run
 from .scenes import Scenes, to_uint8
 from .settings import InputError
 from .stage1 import evaluate_tokenizer
-from .stage2 import Score, evaluate_generation
 
 _T = TypeVar("_T")
 SPLITS: tuple[str, ...] = ("s0", "s1", "s2")

@@ -13,9 +13,10 @@ from torch import nn
 
 from . import runs
 from .dvae import DVAE, DVAESettings
+from .grading import generate
+from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import InputError
-from .stage2 import SamplingSettings, generate
 from .text import Tokenizer
 from .transformer import Transformer, TransformerSettings
 

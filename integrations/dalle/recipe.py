@@ -16,9 +16,10 @@ from .context import Context, Source, StageResult
 from .dvae import DVAESettings
 from .journal import RunJournal
 from .model import Model
+from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .stage1 import Stage1Settings, train_dvae
-from .stage2 import SamplingSettings, Stage2Settings, train_transformer
+from .stage2 import Stage2Settings, train_transformer
 from .text import Tokenizer
 from .transformer import TransformerSettings
 

@@ -1,5 +1,7 @@
 """Draws image codes for captions, one position at a time, with the keys and values of earlier positions kept."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,25 @@ from distopt.errors import SettingError
 
 from .text import PAD
 from .transformer import Cache, Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How one free sample is drawn for each caption; the fields are those of `sample`.
+
+    Raises:
+        SettingError: where a value is out of its range.
+    """
+
+    temperature: float = 0.4
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.5
+
+    def __post_init__(self) -> None:
+        _check(self.temperature, self.top_k, self.top_p)
+        if not 0 <= self.guidance < float("inf"):
+            raise SettingError("guidance", self.guidance, "a finite number of at least 0")
 
 
 def filter_logits(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

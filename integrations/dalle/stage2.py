@@ -1,4 +1,4 @@
-"""Stage 2: trains the transformer on captions and argmax tokens of their pictures, then scores what it draws.
+"""Stage 2: trains the transformer on captions and argmax tokens of their pictures.
 
 Every picture is tokenised on the fly by the frozen dVAE. All that makes the training distributed is DDP and one line of
 ``distopt``; a batch is a pure function of seed, rank and step.
@@ -11,10 +11,8 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,17 +24,11 @@ from distopt.errors import SettingError
 
 from .codes import Codec, code_vectors
 from .context import Context, Source, StageResult
-from .sampling import sample
-from .scenes import Scenes, Triple, to_uint8
-from .scorer import matches_all
 from .text import PAD, Tokenizer
 from .transformer import Transformer, TransformerSettings
 
 STAGE = 2
 """The number of this stage in the seeds of its batches."""
-
-_EVALUATION = 1_000_000_007
-"""A stage number that no training batch has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +53,7 @@ class Stage2Settings:
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 4500
+    steps: int = 6000
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.05
@@ -71,7 +63,7 @@ class Stage2Settings:
     clip: float = 1.0
     averaging: float = 0.05
     bpe_dropout: float = 0.1
-    uncaptioned: float = 0.2
+    uncaptioned: float = 0.15
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -216,103 +208,3 @@ def _average(averaged: nn.Module, transformer: nn.Module, step: int, settings: S
     weight = 1.0 if settings.averaging == 0 else min(1.0, 1 / (1 + settings.averaging * step))
     for mean, last in zip(averaged.parameters(), transformer.parameters(), strict=True):
         mean.lerp_(last, weight)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Score:
-    """An exact score: the share of pictures that match their caption, with its 95 % Wilson interval."""
-
-    exact: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How one free sample is drawn for each caption; the fields are those of ``sampling.sample``."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float = 1.0
-
-
-@torch.no_grad()
-def generate(
-    transformer: Transformer,
-    dvae: Codec,
-    tokenizer: Tokenizer,
-    captions: Sequence[str],
-    settings: SamplingSettings,
-    generator: torch.Generator,
-    batch: int = 256,
-) -> Tensor:
-    """Draw one picture for each caption.
-
-    Returns:
-        ``(len(captions), 3, H, W)`` float32 in [0, 1] on the CPU.
-    """
-    text = tokenizer.encode(captions, transformer.settings.text_length)
-    pictures = [
-        dvae.decode(
-            sample(transformer, part.to(generator.device), generator=generator, **dataclasses.asdict(settings))
-        ).cpu()
-        for part in text.split(batch)
-    ]
-    return torch.cat(pictures)
-
-
-def evaluate_generation(
-    task: Scenes,
-    transformer: Transformer,
-    dvae: Codec,
-    tokenizer: Tokenizer,
-    *,
-    split: str,
-    n: int = 400,
-    sampling: SamplingSettings,
-    seed: int = 0,
-    shuffled: bool = False,
-) -> tuple[Score, list[tuple[str, bool]], Tensor]:
-    """Sample one picture for each of ``n`` captions of a split and read them back.
-
-    Args:
-        task: gives the captions.
-        transformer: in eval mode.
-        dvae: decodes.
-        tokenizer: of the captions.
-        split: "s0", "s1" or "s2".
-        n: captions.
-        sampling: temperature and the like, the same for all captions.
-        seed: decides captions and samples.
-        shuffled: draw each picture for the caption of another: the control, which must score near 0.
-
-    Returns:
-        The score, each caption with whether its picture matches it, and the pictures.
-    """
-    rng = np.random.default_rng([seed, _EVALUATION, ("s0", "s1", "s2").index(split)])
-    drawn = task.test_captions(split, n, rng)
-    triples: list[Triple] = [triple for triple, _ in drawn]
-    captions = [caption for _, caption in drawn]
-    device = transformer.start.device
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
-    said = captions[1:] + captions[:1] if shuffled else captions
-    pictures = generate(transformer, dvae, tokenizer, said, sampling, generator)
-    right = matches_all(to_uint8(pictures), triples)
-    return wilson(sum(right), n), list(zip(captions, right, strict=True)), pictures
-
-
-def wilson(hits: int, n: int) -> Score:
-    """Give a share with its 95 % Wilson score interval.
-
-    Example:
-        >>> score = wilson(90, 100)
-        >>> round(score.low, 3), round(score.high, 3)
-        (0.826, 0.945)
-    """
-    z = 1.959963984540054
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Score(exact=share, low=max(0.0, min(share, centre - half)), high=min(1.0, max(share, centre + half)), n=n)

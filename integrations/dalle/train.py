@@ -17,10 +17,11 @@ from .folder import FolderSource
 from .model import Model
 from .pictures import NAMES_SHOWN, Pictures, read_folder
 from .recipe import Recipe
+from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import TrainSettings
 from .stage1 import Stage1Settings
-from .stage2 import SamplingSettings, Stage2Settings
+from .stage2 import Stage2Settings
 
 _SHOWN = 24
 _COLUMNS = 6

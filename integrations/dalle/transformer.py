@@ -176,7 +176,8 @@ class Transformer(nn.Module):
         self.image_unembedding_in = nn.Linear(width, code_width)
         self.image_unembedding = nn.Linear(code_width, codes)
         self._sources: Tensor
-        self.register_buffer("_sources", _sources(settings), persistent=False)
+        # No buffer: DDP would broadcast it before every forward pass.
+        self._sources = _sources(settings)
         self._initialise(vectors)
 
     @torch.no_grad()
@@ -223,7 +224,7 @@ class Transformer(nn.Module):
         """
         grid, outside = self.settings.grid, self.settings.codes
         known = F.pad(codes, (0, self.settings.image_length + 1 - codes.shape[1]), value=outside)
-        vectors = self.code_embedding(known[:, self._sources[slots]])
+        vectors = self.code_embedding(known[:, self._sources[slots].to(codes.device)])
         places = torch.arange(self.settings.image_length, device=codes.device)[slots]
         position = self.row_embedding(places // grid) + self.column_embedding(places % grid)
         return self.code_projection(vectors.flatten(2)) + position

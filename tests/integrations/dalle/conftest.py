@@ -4,7 +4,7 @@ import pytest
 import torch
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
 from distopt.integrations.dalle.model import Model
-from distopt.integrations.dalle.stage2 import SamplingSettings
+from distopt.integrations.dalle.sampling import SamplingSettings
 from distopt.integrations.dalle.text import Tokenizer
 from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
 
