@@ -66,7 +66,7 @@ class Stage1Settings:
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 3000
+    steps: int = 2800
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.01

@@ -53,7 +53,7 @@ class Stage2Settings:
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 6000
+    steps: int = 5000
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.05
