@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished demo, for its tokenizer")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, help="fewer steps than the demo takes")
-    parser.add_argument("--powersgd-ranks", type=int, nargs="+", default=[4], help="ranks of PowerSGD to compare")
+    parser.add_argument("--powersgd-ranks", type=int, nargs="*", default=[4], help="ranks of PowerSGD to compare")
     chosen = parser.parse_args()
     if "RANK" not in os.environ:
         command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={chosen.ranks}", *sys.argv]

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,14 @@ def test_importing_does_nothing():
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=100)
 
 
-def test_nothing_strange_at_the_top_of_site_packages():
-    text = (ROOT / "pyproject.toml").read_text()
-    assert '"distopt.integrations" = "integrations"' in text
+def test_every_package_is_installed_and_under_one_name():
+    """Nothing named integrations, tests or bench may land at the top of site-packages."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {"distopt": ROOT / "distopt", "distopt.integrations": ROOT / "integrations"}
+    found = {
+        ".".join([name, *init.parent.relative_to(folder).parts])
+        for name, folder in folders.items()
+        for init in folder.rglob("__init__.py")
+    }
+    assert set(tool["packages"]) == found
+    assert tool["package-dir"] == {"distopt": "distopt", "distopt.integrations": "integrations"}

@@ -2,11 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import distopt
 
 
 class Source(Protocol):
@@ -55,7 +59,7 @@ class Context:
     world_size: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
-    reducer: Any = None
+    reducer: distopt.AllReduce | distopt.PowerSGD | None = None
     journal: Journal | None = None
 
     def rng(self, stage: int, step: int) -> np.random.Generator:
@@ -77,4 +81,19 @@ class StageResult:
     final_loss: float
     curve: Sequence[tuple[int, float]]
     wall_seconds: float
-    stats: Any = None
+    stats: distopt.Stats | None = None
+
+
+def distribute(module: nn.Module, context: Context) -> tuple[nn.Module, distopt.Registration | None]:
+    """Wrap a stage's module in DDP with the context's reducer, where there are processes to train with.
+
+    This is all that makes a stage distributed.
+
+    Returns:
+        The module to train with, and the registration; the module itself and ``None`` in a process alone.
+    """
+    if context.reducer is None or not dist.is_initialized():
+        return module, None
+    ids = [context.device.index] if context.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(module, device_ids=ids)
+    return wrapped, distopt.register(wrapped, context.reducer)

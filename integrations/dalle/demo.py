@@ -19,7 +19,8 @@ from .settings import DemoSettings
 from .stage1 import Stage1Settings
 from .stage2 import Stage2Settings
 
-_RANK = 4
+_RANKS = (8, 6)
+"""Of PowerSGD in each stage: at rank 4 the tokenizer loses three pictures in a hundred."""
 _VOCABULARY = 256
 _TEXT_LENGTH = 24
 _SHOWN = 8
@@ -78,6 +79,9 @@ def _recipe(settings: DemoSettings) -> Recipe:
     if settings.steps_2 is not None:
         stage2 = dataclasses.replace(stage2, steps=settings.steps_2)
     exact = settings.reducer == "allreduce"
+    first, second = (
+        distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.rank or default) for default in _RANKS
+    )
     return Recipe(
         dvae=DVAESettings(),
         stage1=stage1,
@@ -86,7 +90,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         transformer={},
         stage2=stage2,
         sampling=SamplingSettings(),
-        reducer=distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.rank or _RANK),
+        reducers=(first, second),
     )
 
 

@@ -42,7 +42,7 @@ class Recipe:
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
         stage2: how the transformer is trained.
         sampling: how image tokens are drawn.
-        reducer: how gradients are averaged.
+        reducers: how the gradients of each stage are averaged.
     """
 
     dvae: DVAESettings
@@ -52,24 +52,23 @@ class Recipe:
     transformer: dict[str, Any]
     stage2: Stage2Settings
     sampling: SamplingSettings
-    reducer: distopt.AllReduce | distopt.PowerSGD
+    reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
         ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''} on {context.device.type}"
-        if isinstance(self.reducer, distopt.PowerSGD):
-            return f"{ranks}, gradients compressed by PowerSGD of rank {self.reducer.rank}"
-        return f"{ranks}, gradients averaged exactly"
+        averaged = [
+            f"PowerSGD of rank {reducer.rank}" if isinstance(reducer, distopt.PowerSGD) else "exact averaging"
+            for reducer in self.reducers
+        ]
+        return f"{ranks}, gradients by {averaged[0]} in stage 1 and {averaged[1]} in stage 2"
 
     def describe(self) -> dict[str, Any]:
         """Give how the run was trained, ready for JSON; the model's own settings are saved with the model."""
-        communication: dict[str, Any] = {"reducer": type(self.reducer).__name__.lower()}
-        if isinstance(self.reducer, distopt.PowerSGD):
-            communication["rank"] = self.reducer.rank
         return {
             "stage1": dataclasses.asdict(self.stage1),
             "stage2": dataclasses.asdict(self.stage2),
-            "communication": communication,
+            "communication": [repr(reducer) for reducer in self.reducers],
         }
 
 
@@ -128,7 +127,7 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
     tokenizer = Tokenizer.train(source.captions(), recipe.vocabulary)
     text_length = min(recipe.text_length, tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT)
     with journal.stage(STAGES[0]) as stage:
-        surroundings = dataclasses.replace(context, reducer=recipe.reducer, journal=stage)
+        surroundings = dataclasses.replace(context, reducer=recipe.reducers[0], journal=stage)
         stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
     dvae: Any = stage1.model.eval()
     settings = TransformerSettings(
@@ -139,7 +138,7 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
         **recipe.transformer,
     )
     with journal.stage(STAGES[1]) as stage:
-        surroundings = dataclasses.replace(context, reducer=recipe.reducer, journal=stage)
+        surroundings = dataclasses.replace(context, reducer=recipe.reducers[1], journal=stage)
         how = _divisible(recipe.stage2, context.world_size)
         stage2 = train_transformer(source, dvae, tokenizer, settings, how, surroundings)
     transformer: Any = stage2.model.eval()

@@ -19,7 +19,7 @@ class SamplingSettings:
         SettingError: where a value is out of its range.
     """
 
-    temperature: float = 0.4
+    temperature: float = 0.3
     top_k: int | None = None
     top_p: float | None = None
     guidance: float = 1.5

@@ -21,14 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-import distopt
 from distopt.errors import SettingError
 
-from .context import Context, Source, StageResult
+from .context import Context, Source, StageResult, distribute
 from .dvae import DVAE, DVAESettings
 from .scenes import Scenes, to_tensor, to_uint8
 from .scorer import matches_all
@@ -66,7 +63,7 @@ class Stage1Settings:
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 2800
+    steps: int = 3000
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.01
@@ -164,7 +161,7 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
     began = time.perf_counter()
     dvae = _start(source, model, settings, context)
     averaged = copy.deepcopy(dvae).requires_grad_(False)
-    trained, registration = _distribute(dvae, context)
+    trained, registration = distribute(dvae, context)
     rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     optimizer = torch.optim.AdamW(dvae.parameters(), **rules, fused=True)
     curve: list[tuple[int, float]] = []
@@ -241,15 +238,6 @@ def _start(source: Source, model: DVAESettings, settings: Stage1Settings, contex
     # On the CPU whatever the device is: k-means must not depend on it.
     dvae.fit_codes(source.pictures(settings.start, rng), torch.Generator().manual_seed(int(rng.integers(2**63))))
     return dvae.to(context.device)
-
-
-def _distribute(dvae: DVAE, context: Context) -> tuple[nn.Module, Any]:
-    """Wrap the model in DDP with the context's reducer, where there are processes to train with."""
-    if context.reducer is None or not dist.is_initialized():
-        return dvae, None
-    ids = [context.device.index] if context.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(dvae, device_ids=ids)
-    return wrapped, distopt.register(wrapped, context.reducer)
 
 
 def _reached(done: float, fraction: float) -> float:

@@ -11,19 +11,15 @@ import copy
 import dataclasses
 import math
 import time
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-import distopt
 from distopt.errors import SettingError
 
 from .codes import Codec, code_vectors
-from .context import Context, Source, StageResult
+from .context import Context, Source, StageResult, distribute
 from .text import PAD, Tokenizer
 from .transformer import Transformer, TransformerSettings
 
@@ -53,7 +49,7 @@ class Stage2Settings:
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 5000
+    steps: int = 5400
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.05
@@ -132,7 +128,7 @@ def train_transformer(
         vectors = code_vectors(source, dvae, model, context)
         transformer = Transformer(model, vectors).to(context.device)
     averaged = copy.deepcopy(transformer).requires_grad_(False)
-    trained, registration = _distribute(transformer, context)
+    trained, registration = distribute(transformer, context)
     optimizer = _optimizer(transformer, settings)
     curve: list[tuple[int, float]] = []
     trained.train()
@@ -159,15 +155,6 @@ def train_transformer(
         wall_seconds=time.perf_counter() - began,
         stats=None if registration is None else registration.stats(),
     )
-
-
-def _distribute(transformer: Transformer, context: Context) -> tuple[nn.Module, Any]:
-    """Wrap the model in DDP with the context's reducer, where there are processes to train with."""
-    if context.reducer is None or not dist.is_initialized():
-        return transformer, None
-    ids = [context.device.index] if context.device.type == "cuda" else None
-    wrapped = DistributedDataParallel(transformer, device_ids=ids)
-    return wrapped, distopt.register(wrapped, context.reducer)
 
 
 def _optimizer(transformer: Transformer, settings: Stage2Settings) -> torch.optim.AdamW:

@@ -108,6 +108,7 @@ def _recipe(settings: TrainSettings) -> Recipe:
     shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     exact = settings.communication.reducer == "allreduce"
+    reducer = distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.communication.rank)
     return Recipe(
         dvae=DVAESettings(size=settings.size, grid=settings.size // 4, **codes),
         stage1=Stage1Settings(**one),
@@ -116,7 +117,7 @@ def _recipe(settings: TrainSettings) -> Recipe:
         transformer=shape,
         stage2=Stage2Settings(**two),
         sampling=SamplingSettings(**_given(settings.sampling)),
-        reducer=distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.communication.rank),
+        reducers=(reducer, reducer),
     )
 
 

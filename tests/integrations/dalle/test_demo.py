@@ -135,4 +135,4 @@ def test_every_option_of_the_configuration_reaches_its_stage():
     assert chosen.transformer == {"width": 32, "layers": 2, "heads": 2}
     assert (chosen.vocabulary, chosen.text_length) == (99, 11)
     assert (chosen.sampling.temperature, chosen.sampling.top_k, chosen.sampling.top_p) == (0.5, 3, 0.9)
-    assert chosen.reducer == distopt.PowerSGD(rank=2)
+    assert chosen.reducers == (distopt.PowerSGD(rank=2),) * 2

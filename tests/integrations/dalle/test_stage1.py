@@ -90,9 +90,9 @@ def test_training_learns_reports_every_step_and_keeps_codes_in_use():
 
 def test_without_averaging_the_last_weights_are_kept():
     trained: list[torch.nn.Module] = []
-    make = stage1._distribute
+    make = stage1.distribute
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage1, "_distribute", lambda dvae, context: trained.append(dvae) or make(dvae, context))
+        patch.setattr(stage1, "distribute", lambda dvae, context: trained.append(dvae) or make(dvae, context))
         kept = train_dvae(TASK, MODEL, dataclasses.replace(SHORT, steps=3, averaging=0.0), Context()).model
         averaged = train_dvae(TASK, MODEL, dataclasses.replace(SHORT, steps=3), Context()).model
     for result, last, same in ((kept, trained[0], True), (averaged, trained[1], False)):
