@@ -1,7 +1,7 @@
 """Does compression cost quality? Stage 2 of DALL-E under AllReduce and PowerSGD: same seed, same batches, same tokens.
 
     make demo                                             # trains the tokenizer that both runs share
-    python bench/dalle_reducers.py --run runs/demo        # about ten minutes on two cores
+    python bench/dalle_reducers.py --demo runs/demo       # about ten minutes on two cores
 
 Prints one JSON line a run: ``loss_against_allreduce`` is the relative difference of the final losses (mean of the last
 twentieth of the steps), which the demo keeps within 2 %.
@@ -30,7 +30,7 @@ import distopt
 def main() -> None:
     """Start two ranks, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished demo, for its tokenizer")
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished demo, for its tokenizer")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, help="fewer steps than the demo takes")
     parser.add_argument("--powersgd-ranks", type=int, nargs="*", default=[4], help="ranks of PowerSGD to compare")
@@ -49,7 +49,7 @@ def main() -> None:
 
 def compare(chosen: argparse.Namespace) -> None:
     """Train stage 2 once for each reducer and print how they end."""
-    run = runs.open_run(chosen.run)
+    run = runs.open_run(chosen.demo)
     settings = run.settings["training"]["stage2"]
     stage2 = Stage2Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     if chosen.steps:
