@@ -117,7 +117,7 @@ class LowRankPlan(Plan):
         payload = inputs[0].new_empty(sum(sizes))
         head, middle, tail = payload.split(sizes)
         if whole:
-            torch.cat(whole, out=head) if head.dtype == whole[0].dtype else head.copy_(torch.cat(whole))
+            head.copy_(torch.cat(whole))
         for m, q, p in zip(inputs, before, self._views(middle, "left"), strict=True):
             torch.mm(m, q, out=p)
         tail.copy_(torch.tensor(present))
