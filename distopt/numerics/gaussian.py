@@ -1,9 +1,23 @@
-"""Gaussian matrices that every rank draws alike, without a word between them."""
+"""Random numbers that every rank draws alike, without a word between them."""
 
 import hashlib
 
 import torch
 from torch import Tensor
+
+
+def seeded_generator(*key: int | str) -> torch.Generator:
+    """Make a random generator on the CPU that depends on its key alone.
+
+    Args:
+        key: what the numbers are for: a seed, a parameter's name, a step.
+
+    Example:
+        >>> int(torch.randint(10, (1,), generator=seeded_generator(0, "w"))) < 10
+        True
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def seeded_gaussian(rows: int, columns: int, *key: int | str) -> Tensor:
@@ -22,6 +36,4 @@ def seeded_gaussian(rows: int, columns: int, *key: int | str) -> Tensor:
         >>> bool((seeded_gaussian(3, 2, 0, "w", 1) == seeded_gaussian(3, 2, 0, "w", 1)).all())
         True
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(rows, columns, generator=generator)
+    return torch.randn(rows, columns, generator=seeded_generator(*key))
