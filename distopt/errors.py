@@ -1,5 +1,7 @@
 """Every error that a user of distopt can meet. Each message is one line: what was given, what is allowed."""
 
+from collections.abc import Sequence
+
 
 class DistoptError(Exception):
     """The base of all errors that distopt raises on purpose."""
@@ -31,3 +33,37 @@ class RegistrationError(DistoptError, RuntimeError):
 
 class StateError(DistoptError, ValueError):
     """A saved state does not belong to this registration, or is damaged."""
+
+
+class AgreementError(DistoptError, RuntimeError):
+    """The ranks do not do the same thing: other parameters, settings, order, or number of forward passes.
+
+    Args:
+        message: one line that says which ranks differ, and in what.
+        ranks: the global ranks that differ from most others; all of those concerned where there is no majority.
+
+    Example:
+        >>> AgreementError("rank 1 has no parameter 'head.bias'", [1]).ranks
+        (1,)
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class PeerLostError(DistoptError, RuntimeError):
+    """A collective cannot complete, because a rank died, stopped, or is somewhere else.
+
+    Args:
+        message: one line that names the ranks to blame, and where it showed.
+        ranks: the global ranks to blame; empty if that could not be found out.
+
+    Example:
+        >>> PeerLostError("rank 2 is gone", [2]).ranks
+        (2,)
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)

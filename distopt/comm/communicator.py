@@ -1,8 +1,16 @@
-"""A process group of our own, and the one collective that reducers need."""
+"""Process groups of our own, and the few collectives that reducers need."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distopt.comm.requests import Gather, Request, Swap, Within
+from distopt.comm.witness import Witness
+from distopt.errors import DistoptError
 
 
 class Communicator:
@@ -13,14 +21,61 @@ class Communicator:
 
     Args:
         process_group: whose ranks to average over. Every one of them makes its communicator at the same point.
+        ranks: some of its ranks, by their number in the world; all of them if ``None``.
+        timeout: how long a collective may take; as long as the backend sees fit if ``None``.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup) -> None:
-        ranks = dist.get_process_group_ranks(process_group)
-        self._group = dist.new_group(ranks, backend=dist.get_backend(process_group), use_local_synchronization=True)
-        self.world_size = len(ranks)
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        *,
+        ranks: Sequence[int] | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.ranks = list(ranks or dist.get_process_group_ranks(process_group))
+        """The members, by their number in the world."""
+        self.timeout = timeout
+        backend = dist.get_backend(process_group)
+        self.group: dist.ProcessGroup = dist.new_group(  # pyright: ignore[reportAttributeAccessIssue]
+            self.ranks, timeout=timeout, backend=backend, use_local_synchronization=True
+        )
+        self.rank = self.ranks.index(dist.get_rank())
+        self.world_size = len(self.ranks)
         self.bytes_sent = 0
-        """Bytes handed to collectives so far by this rank: one copy, no ring factor."""
+        """Bytes handed to collectives so far by this rank: one copy, no ring factor, no way back."""
+        self.step = 0
+        """For messages: which step the collectives belong to."""
+        self._witness = Witness(self.group)
+        self._parts: dict[str, Communicator] = {}
+
+    def divide(self, parts: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """Make the groups that `Within` speaks of. Collective.
+
+        Args:
+            parts: by name, how the ranks ``0 .. world_size - 1`` fall into groups; every rank is in one of each name.
+        """
+        self._parts = {
+            name: Communicator(
+                self.group,
+                ranks=[self.ranks[i] for i in next(group for group in groups if self.rank in group)],
+                timeout=self.timeout,
+            )
+            for name, groups in parts.items()
+        }
+
+    def answer(self, request: Request) -> Tensor:
+        """Carry out what a reduction asks for; every rank of the group asks for the like."""
+        if isinstance(request, Within):
+            part = self._parts[request.part]
+            part.step, before = self.step, part.bytes_sent
+            answer = part.answer(request.request)
+            self.bytes_sent += part.bytes_sent - before
+            return answer
+        if isinstance(request, Swap):
+            return self._swap(request.rows)
+        if isinstance(request, Gather):
+            return self._gather(request)
+        return self.average_(request)
 
     def average_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its average over the ranks, bitwise the same on each of them.
@@ -36,6 +91,49 @@ class Communicator:
         """
         tensor.mul_(1.0 / self.world_size)
         wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        dist.all_reduce(wire, group=self._group)
-        self.bytes_sent += tensor.numel() * tensor.element_size()
+        self.guard("an all-reduce", lambda: dist.all_reduce(wire, group=self.group))  # type: ignore[reportUnknownLambdaType]
+        self._count(tensor)
         return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Give what every rank has, in the order of ranks; anything that pickles. For what is rare and small."""
+        values: list[Any] = [None] * self.world_size
+        self.guard("an all-gather", lambda: dist.all_gather_object(values, value, group=self.group))
+        return values
+
+    def guard(self, what: str, collective: Callable[[], Any]) -> None:
+        """Call a collective; if it fails, find out why.
+
+        Args:
+            what: what it is, for the message.
+            collective: calls it, on this communicator's group.
+
+        Raises:
+            PeerLostError: on every rank, with the rank that is to blame. The group is of no use any more.
+        """
+        self._witness.begin(self.step)
+        try:
+            collective()
+        except RuntimeError as error:
+            if isinstance(error, DistoptError):
+                raise
+            raise self._witness.blame(error, what) from error
+
+    def _swap(self, rows: Tensor) -> Tensor:
+        answer = torch.empty_like(rows)
+        self.guard("an all-to-all", lambda: dist.all_to_all_single(answer, rows, group=self.group))  # type: ignore[reportUnknownLambdaType]
+        self._count(rows)
+        return answer
+
+    def _gather(self, request: Gather) -> Tensor:
+        tensor = request.tensor
+        answer = tensor.new_empty((self.world_size, *tensor.shape))
+        # Its new name, all_gather_single, is not there before torch 2.13.
+        gather = cast(Callable[..., object], getattr(dist, "all_gather_into_tensor"))  # noqa: B009
+        self.guard("an all-gather", lambda: gather(answer, tensor, group=self.group))
+        if not request.returning:
+            self._count(tensor)
+        return answer
+
+    def _count(self, tensor: Tensor) -> None:
+        self.bytes_sent += tensor.numel() * tensor.element_size()
