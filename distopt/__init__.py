@@ -8,28 +8,56 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distopt.attach.outer import Nesterov as Nesterov
+    from distopt.attach.periodic import Periodic as Periodic
+    from distopt.attach.periodic import PeriodicStats as PeriodicStats
     from distopt.attach.register import register as register
     from distopt.attach.registration import Registration as Registration
     from distopt.attach.registration import Stats as Stats
+    from distopt.errors import AgreementError as AgreementError
     from distopt.errors import DistoptError as DistoptError
+    from distopt.errors import PeerLostError as PeerLostError
     from distopt.errors import RegistrationError as RegistrationError
     from distopt.errors import SettingError as SettingError
     from distopt.errors import StateError as StateError
     from distopt.reducers.allreduce import AllReduce as AllReduce
+    from distopt.reducers.byname import ByName as ByName
+    from distopt.reducers.cast import Cast as Cast
+    from distopt.reducers.energy import EnergyRank as EnergyRank
+    from distopt.reducers.hierarchical import Hierarchical as Hierarchical
     from distopt.reducers.powersgd import PowerSGD as PowerSGD
+    from distopt.reducers.quantize import Quantize as Quantize
+    from distopt.reducers.randomk import RandomK as RandomK
+    from distopt.reducers.reducer import Figures as Figures
+    from distopt.reducers.sign import Sign as Sign
+    from distopt.reducers.topk import TopK as TopK
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Nesterov": "distopt.attach.outer",
+    "Periodic": "distopt.attach.periodic",
+    "PeriodicStats": "distopt.attach.periodic",
     "register": "distopt.attach.register",
     "Registration": "distopt.attach.registration",
     "Stats": "distopt.attach.registration",
+    "AgreementError": "distopt.errors",
     "DistoptError": "distopt.errors",
+    "PeerLostError": "distopt.errors",
     "RegistrationError": "distopt.errors",
     "SettingError": "distopt.errors",
     "StateError": "distopt.errors",
     "AllReduce": "distopt.reducers.allreduce",
+    "ByName": "distopt.reducers.byname",
+    "Cast": "distopt.reducers.cast",
+    "EnergyRank": "distopt.reducers.energy",
+    "Hierarchical": "distopt.reducers.hierarchical",
     "PowerSGD": "distopt.reducers.powersgd",
+    "Quantize": "distopt.reducers.quantize",
+    "RandomK": "distopt.reducers.randomk",
+    "Figures": "distopt.reducers.reducer",
+    "Sign": "distopt.reducers.sign",
+    "TopK": "distopt.reducers.topk",
 }
 
 

@@ -15,14 +15,28 @@ import distopt
 ROOT = Path(__file__).parent.parent
 ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
 PUBLIC = [
+    "AgreementError",
     "AllReduce",
+    "ByName",
+    "Cast",
     "DistoptError",
+    "EnergyRank",
+    "Figures",
+    "Hierarchical",
+    "Nesterov",
+    "PeerLostError",
+    "Periodic",
+    "PeriodicStats",
     "PowerSGD",
+    "Quantize",
+    "RandomK",
     "Registration",
     "RegistrationError",
     "SettingError",
+    "Sign",
     "StateError",
     "Stats",
+    "TopK",
     "register",
 ]
 MODULES = sorted((ROOT / "distopt").rglob("*.py"))

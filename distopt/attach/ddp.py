@@ -12,16 +12,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.attach.exemptions import exempt_names
-from distopt.attach.registration import Shapes, Tally
-from distopt.attach.transaction import Transaction, spoil
-from distopt.comm.communicator import Communicator
+from distopt.attach.engine import Engine
+from distopt.attach.exemptions import plain_name
+from distopt.attach.transaction import spoil
 from distopt.comm.worker import Worker
-from distopt.reducers.reducer import Bucket, Plan, Reducer, Slot, State
+from distopt.errors import RegistrationError
 
 STEPS_TO_SETTLE = 2
 """DDP lays its buckets out anew after the first step (``static_graph``: the second), in the order in which gradients
@@ -33,7 +32,6 @@ resumes both keep the layout of the save until the latter's buckets have settled
 class _Step:
     """A backward pass under way."""
 
-    transaction: Transaction
     units: list[tuple[str, ...]] | None  # the layout to keep to; None: whatever buckets come
     arrived: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict[str, tuple[Tensor, Tensor]])
     waiting: list[tuple[Future[Tensor], Tensor]] = dataclasses.field(
@@ -48,30 +46,19 @@ class DDPAttachment:
 
     Args:
         model: the wrapped model; the hook is registered on it, for life.
-        reducer: makes the plans.
-        state: what the reducer remembers.
-        tally: is kept here.
+        engine: carries out the steps.
     """
 
-    def __init__(self, model: DistributedDataParallel, reducer: Reducer, state: State, tally: Tally) -> None:
-        exempt = exempt_names(model.module)
-        optional = bool(model.find_unused_parameters or model.static_graph)
-        self._slots = {
-            id(parameter): Slot(_plain(name), parameter, exempt=name in exempt, optional=optional)
-            for name, parameter in model.module.named_parameters()
-        }
-        self._by_name = {slot.name: slot for slot in self._slots.values()}
-        self._reducer = reducer
-        self._state = state
-        self._tally = tally
-        self._plans: dict[tuple[str, ...], Plan] = {}
+    def __init__(self, model: DistributedDataParallel, engine: Engine) -> None:
+        self._names = {id(parameter): plain_name(name) for name, parameter in model.module.named_parameters()}
+        self._engine = engine
+        self._model = model
+        self._forwards = 0
+        model.register_forward_pre_hook(self._count_forward)
         self._worker = Worker("distopt-ddp")
         self._step: _Step | None = None
         self._layout: list[list[str]] = []
         self._kept: tuple[list[tuple[str, ...]], int] = ([], 0)
-        self.communicator: Communicator
-        """Set by whoever made us, once the hook is known to be accepted."""
-        self.shapes()  # settings that do not fit a parameter must fail here, not in backward
 
     def settle(self) -> None:
         """See `Attachment.settle`."""
@@ -85,14 +72,9 @@ class DDPAttachment:
         """See `Attachment.keep_layout`."""
         self._kept = ([tuple(names) for names in layout], STEPS_TO_SETTLE if layout else 0)
 
-    def shapes(self) -> Shapes:
-        """See `Attachment.shapes`."""
-        plans = [self._reducer.plan([slot]) for slot in self._by_name.values()]
-        return {
-            "parameter": {name: slot.parameter.shape for name, slot in self._by_name.items()},
-            "residual": {name: shape for plan in plans for name, shape in plan.residual_shapes().items()},
-            "factor": {name: shape for plan in plans for name, shape in plan.factor_shapes().items()},
-        }
+    def reduce(self) -> bool:
+        """See `Attachment.reduce`."""
+        raise RegistrationError("DDP's backward pass reduces the gradients: there is nothing to call")
 
     def hook(
         self,
@@ -104,16 +86,19 @@ class DDPAttachment:
         on_device = buffer.device.type != "cpu"
         future: Future[Tensor] = Future(devices=[buffer.device]) if on_device else Future()
         parts = {
-            self._slots[id(parameter)].name: _parts(buffer, gradient, parameter)
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            self._names[id(parameter)]: _parts(buffer, start, parameter)
+            for parameter, start in zip(bucket.parameters(), _starts(buffer, bucket.parameters()), strict=True)
         }
         ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
         first, last = bucket.index() == 0, bucket.is_last()
+        forwards = self._forwards
+        if last:
+            self._forwards = 0
 
         def job() -> None:
             if ready is not None:
                 torch.cuda.current_stream(buffer.device).wait_event(ready)
-            step = self._begin() if first or self._step is None else self._step
+            step = self._begin(tuple(parts), forwards) if first or self._step is None else self._step
             step.waiting.append((future, buffer))
             self._guarded(step, lambda: self._deliver(step, parts, buffer))
             if last:
@@ -123,11 +108,16 @@ class DDPAttachment:
         self._worker.submit(job)
         return future
 
-    def _begin(self) -> _Step:
+    def _count_forward(self, model: nn.Module, inputs: object) -> None:
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._forwards += 1
+
+    def _begin(self, names: tuple[str, ...], forwards: int) -> _Step:
         kept, steps = self._kept
         self._kept = (kept, max(0, steps - 1))
-        self._step = _Step(Transaction(self.communicator), list(kept) if steps else None)
-        return self._step
+        self._step = step = _Step(list(kept) if steps else None)
+        self._guarded(step, lambda: self._engine.begin(names, forwards))
+        return step
 
     def _guarded(self, step: _Step, act: Callable[[], None]) -> None:
         """Do something for a step unless it has failed; an error is kept for whoever waits on its futures."""
@@ -140,7 +130,6 @@ class DDPAttachment:
 
     def _deliver(self, step: _Step, parts: dict[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
         """Reduce the units that are complete with this bucket."""
-        self._tally.bytes_uncompressed += buffer.numel() * buffer.element_size()
         names = tuple(parts)
         if step.units is None or step.units[:1] == [names]:
             if step.units is not None:
@@ -156,11 +145,8 @@ class DDPAttachment:
         self, step: _Step, names: tuple[str, ...], parts: dict[str, tuple[Tensor, Tensor]], flat: Tensor | None
     ) -> None:
         step.layout.append(list(names))
-        plan = self._plans.get(names)
-        if plan is None:
-            plan = self._plans[names] = self._reducer.plan([self._by_name[name] for name in names])
         gradients, segments = zip(*(parts[name] for name in names), strict=True)
-        step.transaction.propose(plan.reduce(Bucket(gradients, segments, flat), self._state))
+        self._engine.propose(names, gradients, segments, flat)
 
     def _finish(self, step: _Step) -> None:
         """Take or drop the step, now that all of it is known."""
@@ -169,16 +155,12 @@ class DDPAttachment:
             names = tuple(step.arrived)
             self._propose(step, names, step.arrived, None)
         self._layout = step.layout
-        self._tally.steps += 1
-        self._tally.bytes_sent = self.communicator.bytes_sent
-        if step.transaction.sound:
-            raw, sent = step.transaction.commit()
-            self._tally.matrix_bytes_uncompressed += raw
-            self._tally.matrix_bytes_sent += sent
-            self._state.step += 1
-        else:
-            self._tally.skipped_steps += 1
+        if not self._engine.finish():
             spoil(buffer for _, buffer in step.waiting)
+        elif self._engine.joined > 0 and not getattr(self._model, "_divide_by_initial_world_size", True):
+            world_size = self._engine.communicator.world_size
+            for _, buffer in step.waiting:
+                buffer.mul_(world_size / (world_size - self._engine.joined))
 
     def _release(self, step: _Step) -> None:
         self._step = None
@@ -189,17 +171,26 @@ class DDPAttachment:
                 future.set_exception(step.error)  # pyright: ignore[reportArgumentType]  torch annotates a result
 
 
-def _parts(buffer: Tensor, gradient: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+def _starts(buffer: Tensor, parameters: Sequence[Tensor]) -> Sequence[int]:
+    """Where each parameter's gradient begins in the bucket. Complex ones lie there as pairs of real numbers."""
+    starts = [int(buffer.storage_offset())]
+    for parameter in parameters:
+        starts.append(starts[-1] + parameter.numel() * (2 if parameter.is_complex() else 1))
+    return starts[:-1]
+
+
+def _parts(buffer: Tensor, start: int, parameter: Tensor) -> tuple[Tensor, Tensor]:
     """A parameter's gradient in the bucket, in the parameter's own shape and layout, and as the segment that it is.
 
-    `GradBucket.gradients()` cuts the buffer as if every parameter were row-major. DDP lays a dense gradient out like
-    its parameter, so that the numbers of a transposed or channels-last one stand elsewhere.
+    `GradBucket.gradients()` cuts the buffer as if every parameter were real and row-major. DDP lays a dense gradient
+    out like its parameter, so that the numbers of a transposed or channels-last one stand elsewhere.
     """
-    start, numel = gradient.storage_offset(), gradient.numel()
-    segment = buffer.as_strided((numel,), (1,), start)
+    numbers = parameter.numel() * (2 if parameter.is_complex() else 1)
+    segment = buffer.as_strided((numbers,), (1,), start)
+    flat = torch.view_as_complex(segment.view(-1, 2)) if parameter.is_complex() else segment
     if parameter.is_contiguous() or not _is_dense(parameter):
-        return gradient, segment
-    return buffer.as_strided(parameter.shape, parameter.stride(), start), segment
+        return flat.view(parameter.shape), segment
+    return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset()), segment
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -210,7 +201,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")

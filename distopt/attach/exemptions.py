@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -34,12 +35,29 @@ def exempt_names(model: nn.Module) -> frozenset[str]:
     return frozenset(
         name
         for name, p in model.named_parameters()
-        if id(p) in owned
-        or sum(side > 1 for side in p.shape) < 2
-        or any(fnmatch.fnmatchcase(name, pattern) for pattern in UNEMBEDDINGS)
+        if id(p) in owned or sum(side > 1 for side in p.shape) < 2 or _matches(name, UNEMBEDDINGS)
     )
+
+
+def is_exempt_by_name(name: str) -> bool:
+    """Tell an embedding, an unembedding or a norm by its parameter's name, where the modules are out of sight.
+
+    Example:
+        >>> is_exempt_by_name("transformer.embeddings.weight"), is_exempt_by_name("transformer.mlp.weight")
+        (True, False)
+    """
+    return _matches(name.lower(), (*UNEMBEDDINGS, "*embed*", "*norm*"))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_exempt(module: nn.Module) -> bool:
     kinds = [kind.__name__ for kind in type(module).__mro__]
     return any(_NORM.search(kind) or "Embedding" in kind for kind in kinds)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` puts into it."""
+    return name.replace("_orig_mod.", "")

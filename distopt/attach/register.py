@@ -1,44 +1,76 @@
 """The one line: put a reducer to work on a model."""
 
+from collections.abc import Iterable
+from datetime import timedelta
 from typing import cast
 
 import torch.distributed as dist
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.ddp import DDPAttachment
-from distopt.attach.registration import Registration, Tally
+from distopt.attach.engine import Engine, Watch
+from distopt.attach.exemptions import exempt_names, plain_name
+from distopt.attach.gradients import GradientsAttachment, slots_of
+from distopt.attach.registration import Registration
 from distopt.comm.communicator import Communicator
 from distopt.errors import RegistrationError, SettingError
-from distopt.reducers.reducer import Reducer, State
+from distopt.reducers.reducer import Reducer, Slot
 
 _REGISTRATION = "_distopt_registration"
 
 
 def register(
-    model_or_parameters: nn.Module, reducer: Reducer, *, process_group: dist.ProcessGroup | None = None
+    model_or_parameters: nn.Module | Iterable[object],
+    reducer: Reducer,
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    grad_scaler: GradScaler | None = None,
+    timeout: timedelta | None = None,
+    agreement: bool = True,
+    check_replicas_every: int = 1000,
+    measure_every: int = 100,
+    residual_bound: float = 1000.0,
 ) -> Registration:
     """Let ``reducer`` average a model's gradients from now on. Collective: every rank calls it at the same point.
 
-    It takes the place of DDP's own averaging, in the communication hook that DDP has for this; the training loop stays
-    as it is. If a gradient is not finite on one rank, every gradient of that step becomes NaN on all ranks, and neither
+    On a ``DistributedDataParallel`` model it takes the place of DDP's own averaging, in the communication hook that DDP
+    has for this; the training loop stays as it is. Given parameters instead, for trainers that wrap nothing, it
+    averages their ``.grad`` when `Registration.reduce` is called, after ``backward``.
+
+    If a gradient is not finite on one rank, every gradient of that step becomes NaN on all ranks, and neither
     residuals nor factors change: a ``GradScaler``, or any check of the gradient's norm, then skips the same step on
     every rank, and the next one is as if it had not been.
 
     Args:
-        model_or_parameters: a ``DistributedDataParallel`` model, before or after its first step.
+        model_or_parameters: a DDP model, compiled or not, before or after its first step; or
+            ``model.named_parameters()``, or a list of parameters, which are then called by their place in it. Without
+            the modules, embeddings and norms can be told by their names only (``*embed*``, ``*norm*``).
         reducer: the settings, ``distopt.PowerSGD(rank=8)`` for example; the same on all ranks.
-        process_group: whose ranks to average over; the model's own by default. The collectives run on a new group of
-            the same ranks.
+        process_group: whose ranks to average over; the model's own, or the default one. The collectives run on a new
+            group of the same ranks.
+        grad_scaler: the ``torch.amp.GradScaler`` that multiplies the loss, so that residuals keep their meaning when
+            its scale changes.
+        timeout: how long a collective may take; as long as the backend sees fit if ``None``.
+        agreement: whether ranks compare step, buckets and number of forward passes before each reduction, for the price
+            of one all-gather of four numbers.
+        check_replicas_every: steps from one comparison of all parameters, bit for bit, to the next; the first is made
+            before the first step; 0 for never.
+        measure_every: steps from one step whose errors are measured (`Registration.figures`) to the next; 0 for never.
+        residual_bound: warn when the norm of a residual is more than this many times that of its gradient, in a step
+            that is measured.
 
     Returns:
-        The registration: statistics, and the state to save with the model.
+        The registration: statistics, the state to save with the model, and the means to change the reducer.
 
     Raises:
-        RegistrationError: if ``torch.distributed`` is not initialised, if the model is not DDP, has sparse gradients,
-            or
-            has a communication hook already.
+        RegistrationError: if ``torch.distributed`` is not initialised, or if a model is not DDP, has sparse gradients,
+            or has a communication hook already.
         SettingError: if ``reducer`` is none, or asks something impossible of a parameter.
+        AgreementError: if the ranks have different parameters or settings; later on, out of ``backward``, if they do
+            different things, or their parameters have drifted apart. It names the rank.
+        PeerLostError: later on, out of ``backward``, if a rank is gone or does not answer. It names the rank.
 
     Example:
         >>> import distopt
@@ -49,20 +81,55 @@ def register(
         0
         >>> dist.destroy_process_group()
     """
-    model = model_or_parameters
     if not isinstance(cast(object, reducer), Reducer):
         raise SettingError("reducer", reducer, "a reducer such as distopt.PowerSGD(rank=4)")
     if not dist.is_initialized():
         raise RegistrationError(
             "torch.distributed is not initialised: call init_process_group and wrap the model before register"
         )
-    if not isinstance(model, DistributedDataParallel):
+    model = _ddp_of(model_or_parameters)
+    slots = slots_of(cast(Iterable[object], model_or_parameters)) if model is None else _slots_of_model(model)
+    watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
+    engine = Engine(slots, reducer, watch, grad_scaler)
+    group = process_group or cast(dist.ProcessGroup, dist.group.WORLD if model is None else model.process_group)
+    engine.check(reducer, group.size())
+    attachment = GradientsAttachment(engine) if model is None else DDPAttachment(model, engine)
+    if isinstance(attachment, DDPAttachment) and model is not None:
+        _hook(model, attachment)
+    engine.connect(Communicator(group, timeout=timeout))
+    registration = Registration(engine, attachment)
+    if model is not None:
+        setattr(model, _REGISTRATION, registration)
+    return registration
+
+
+def _ddp_of(model_or_parameters: nn.Module | Iterable[object]) -> DistributedDataParallel | None:
+    """The DDP model, out of what ``torch.compile`` made of it; None for a list of parameters."""
+    model = getattr(model_or_parameters, "_orig_mod", model_or_parameters)
+    if isinstance(model, DistributedDataParallel):
+        return model
+    if isinstance(model, nn.Module):
         raise RegistrationError(
-            f"register needs a DistributedDataParallel model, but was given {type(model).__name__}: wrap it first"
+            f"register needs a DistributedDataParallel model, but was given {type(model).__name__}: wrap it first, or "
+            "give its named_parameters() and call reduce() on the registration after backward()"
         )
+    if not isinstance(model, Iterable):
+        raise RegistrationError(f"register needs a model or parameters, but was given {type(model).__name__}")
+    return None
+
+
+def _slots_of_model(model: DistributedDataParallel) -> list[Slot]:
     _check(model)
-    state, tally = State(), Tally()
-    attachment = DDPAttachment(model, reducer, state, tally)
+    exempt = exempt_names(model.module)
+    optional = bool(model.find_unused_parameters or model.static_graph)
+    return [
+        Slot(plain_name(name), parameter, exempt=name in exempt, optional=optional)
+        for name, parameter in model.module.named_parameters()
+        if name not in model.parameters_to_ignore
+    ]
+
+
+def _hook(model: DistributedDataParallel, attachment: DDPAttachment) -> None:
     try:
         model.register_comm_hook(None, attachment.hook)
     except RuntimeError as error:
@@ -74,17 +141,13 @@ def register(
             "the model has a communication hook already (or DDP's mixed_precision, which is one), "
             "and DDP takes one for life: register on a newly wrapped model"
         ) from None
-    attachment.communicator = Communicator(process_group or cast(dist.ProcessGroup, model.process_group))
-    registration = Registration(reducer, state, tally, attachment.communicator, attachment)
-    setattr(model, _REGISTRATION, registration)
-    return registration
 
 
 def _check(model: DistributedDataParallel) -> None:
     earlier = getattr(model, _REGISTRATION, None)
     if earlier is not None:
         raise RegistrationError(
-            f"the model is registered already, with {earlier.reducer!r}; DDP takes one hook for life"
+            f"the model is registered already, with {earlier.reducer!r}: set_reducer on its registration changes it"
         )
     for name, module in model.module.named_modules():
         if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -1,18 +1,17 @@
 """One reducer at work on one model: its state, its figures, and how both are saved."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from distopt.comm.communicator import Communicator
+from distopt.attach.engine import Engine
+from distopt.attach.saving import FORMAT, average_residuals, check_state, gather_factors, restore
 from distopt.errors import StateError
-from distopt.reducers.reducer import Reducer, State
-
-FORMAT = 1
-"""Version of what `Registration.state_dict` returns."""
+from distopt.numerics.storage import unpack
+from distopt.reducers.reducer import Figures, Reducer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Stats:
         bytes_sent: bytes this rank handed to collectives: one copy, no ring factor.
         matrix_bytes_uncompressed: bytes of the gradients that were compressed.
         matrix_bytes_sent: bytes of what was sent in their place.
-        residual_norm: Euclidean norm of what this rank has not sent yet, by parameter name.
+        residual_norm: Euclidean norm of what this rank has not sent yet, by parameter name, in the unit of unscaled
+            gradients.
     """
 
     steps: int
@@ -48,22 +48,6 @@ class Stats:
         return _saving(self.matrix_bytes_sent, self.matrix_bytes_uncompressed)
 
 
-@dataclasses.dataclass
-class Tally:
-    """The running figures behind `Stats`."""
-
-    steps: int = 0
-    skipped_steps: int = 0
-    bytes_uncompressed: int = 0
-    bytes_sent: int = 0
-    matrix_bytes_uncompressed: int = 0
-    matrix_bytes_sent: int = 0
-
-
-Shapes = Mapping[str, Mapping[str, Sequence[int]]]
-"""Shapes by kind and parameter name."""
-
-
 class Attachment(Protocol):
     """What a registration asks of the place where gradients are met."""
 
@@ -79,108 +63,160 @@ class Attachment(Protocol):
         """Reduce the next steps in this layout, whatever the trainer's buckets are by then."""
         ...
 
-    def shapes(self) -> Shapes:
-        """Shapes by parameter name of what is remembered (``residual``, ``factor``), and of every ``parameter``."""
+    def reduce(self) -> bool:
+        """Average the gradients now; tell whether the step was taken. For attachments that no trainer calls."""
         ...
 
 
 class Registration:
     """One reducer at work on one model; `distopt.register` makes it.
 
-    The attributes may be read at any time; the state is saved and loaded between steps.
+    It is ``Stateful`` in the sense of ``torch.distributed.checkpoint``: give it to ``dcp.save`` and ``dcp.load`` as it
+    is.
 
     Args:
-        reducer: the settings at work.
-        state: residuals and factors by parameter name.
-        tally: counts that the attachment keeps.
-        communicator: the ranks that average.
+        engine: what carries out the steps.
         attachment: where the gradients are met.
     """
 
-    def __init__(
-        self, reducer: Reducer, state: State, tally: Tally, communicator: Communicator, attachment: Attachment
-    ) -> None:
-        self.reducer = reducer
-        self._state = state
-        self._tally = tally
-        self._communicator = communicator
+    def __init__(self, engine: Engine, attachment: Attachment) -> None:
+        self._engine = engine
         self._attachment = attachment
 
     def __repr__(self) -> str:
-        return f"Registration({self.reducer!r}, world_size={self._communicator.world_size}, steps={self._tally.steps})"
+        world_size, steps = self._engine.communicator.world_size, self._engine.tally.steps
+        return f"Registration({self.reducer!r}, world_size={world_size}, steps={steps})"
+
+    @property
+    def reducer(self) -> Reducer:
+        """The settings at work."""
+        return self._engine.reducer
+
+    def reduce(self) -> bool:
+        """Average the gradients that ``backward`` has left, where `register` was given parameters. Collective.
+
+        Returns:
+            Whether the step was taken. It was dropped, on all ranks alike, if a gradient was not finite on one of them;
+            every gradient is NaN then.
+
+        Raises:
+            RegistrationError: on a DDP model, whose backward pass does this.
+        """
+        return self._attachment.reduce()
 
     def stats(self) -> Stats:
         """Tell what has been reduced, sent and kept back so far, on this rank. Not collective."""
         self._attachment.settle()
-        norms = {name: float(torch.linalg.vector_norm(r)) for name, r in self._state.residuals.items()}
-        return Stats(**dataclasses.asdict(self._tally), residual_norm=norms)
+        scale = self._engine.loss_scale
+        residuals = self._engine.state.residuals
+        norms = {name: float(torch.linalg.vector_norm(unpack(r))) / scale for name, r in residuals.items()}
+        return Stats(**dataclasses.asdict(self._engine.tally), residual_norm=norms)
+
+    def figures(self) -> Mapping[str, Figures]:
+        """Tell how well each gradient was reduced in the last measured step, on this rank. Not collective.
+
+        Returns:
+            By parameter name; empty before the first step, and for what is sent whole. Which steps are measured is
+            `register`'s ``measure_every``.
+        """
+        self._attachment.settle()
+        return dict(self._engine.figures)
+
+    def set_reducer(self, reducer: Reducer) -> None:
+        """Go on with another reducer, or with other settings of this one. Collective, between steps.
+
+        Residuals are taken over: what is compressed from now on adds them to its next gradient, and what is sent whole
+        sends them with it. Factors are fitted to a new rank.
+
+        Args:
+            reducer: the new settings, the same on all ranks.
+
+        Raises:
+            SettingError: if ``reducer`` is none, or asks something impossible of a parameter; nothing has changed then.
+            AgreementError: if the ranks were given different ones.
+        """
+        self._attachment.settle()
+        self._engine.use(reducer)
+
+    def pause(self) -> None:
+        """Average exactly from the next step on, as plain DDP does, bit for bit; residuals and schedules wait."""
+        self._attachment.settle()
+        self._engine.paused = True
+
+    def resume(self) -> None:
+        """Go on where `pause` interrupted."""
+        self._attachment.settle()
+        self._engine.paused = False
+
+    def set_loss_scale(self, loss_scale: float) -> None:
+        """Tell by what the loss is multiplied from the next backward pass on, so that residuals keep their meaning.
+
+        Args:
+            loss_scale: above 0; the same on all ranks. It begins at 1.
+
+        Raises:
+            SettingError: if it is not a finite number above 0, or a ``grad_scaler`` says it already.
+        """
+        self._attachment.settle()
+        self._engine.set_loss_scale(loss_scale)
+
+    def check_replicas(self) -> None:
+        """Compare all parameters and factors bit for bit over the ranks. Collective, between steps.
+
+        Raises:
+            AgreementError: if a bit differs; it names the tensor and, with three ranks or more, the odd one.
+        """
+        self._attachment.settle()
+        self._engine.check_replicas()
 
     def state_dict(self) -> dict[str, Any]:
         """Give everything that decides the future, as plain tensors and numbers by parameter name. Collective.
 
-        Every rank must call it, between steps. It replaces each residual by its mean over the ranks: the reductions to
-        come depend on the mean alone, so one copy is enough to go on at any world size, and the run that saved and the
-        run that resumes agree bit for bit at the same one.
+        Every rank must call it, between steps. It replaces each residual by its mean over the ranks: the reductions of
+        PowerSGD depend on the mean alone, so one copy is enough to go on at any world size, and the run that saved and
+        the run that resumes agree bit for bit at the same one.
 
         Returns:
-            A new dictionary, the same on every rank, that ``torch.load(..., weights_only=True)`` accepts.
+            A new dictionary, the same on every rank, that ``torch.load(..., weights_only=True)`` accepts. Residuals are
+            in the unit of unscaled gradients, float32 (float64 for float64 gradients) whatever they are kept in.
         """
         self._attachment.settle()
-        for name in sorted(self._state.residuals):
-            self._communicator.average_(self._state.residuals[name])
         layout = self._attachment.layout()
         self._attachment.keep_layout(layout)
+        engine = self._engine
         return {
             "format": FORMAT,
-            "reducer": repr(self.reducer),
-            "step": self._state.step,
+            "reducer": repr(engine.reducer),
+            "step": engine.state.step,
             "layout": layout,
-            "tally": dataclasses.asdict(self._tally),
-            "residuals": _copies(self._state.residuals),
-            "factors": _copies(self._state.factors),
+            "tally": dataclasses.asdict(engine.tally),
+            "residuals": average_residuals(engine),
+            "factors": gather_factors(engine),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, allow_fresh: bool = False) -> None:
         """Go on from what `state_dict` returned, at any world size. Every rank calls it, with the same state.
 
         Args:
             state: from a registration on a model with the same parameters.
+            allow_fresh: warn and begin anew, instead of raising, where the state does not fit.
 
         Raises:
-            StateError: if the state is of another format or model; nothing has been changed then.
+            StateError: if the state is of another format, model or reducer; nothing has been changed then.
         """
         self._attachment.settle()
-        _check(state, self._attachment.shapes())
-        self._state.step = state["step"]
-        self._state.residuals = _copies(state["residuals"])
-        self._state.factors = _copies(state["factors"])
-        for field, value in state["tally"].items():
-            setattr(self._tally, field, value)
+        try:
+            check_state(state, self._engine)
+        except StateError as error:
+            if not allow_fresh:
+                raise
+            warnings.warn(f"residuals and factors begin anew: {error}", stacklevel=2)
+            self._engine.restart()
+            self._attachment.keep_layout([])
+            return
+        restore(state, self._engine)
         self._attachment.keep_layout(state["layout"])
 
 
 def _saving(sent: int, uncompressed: int) -> float:
     return 1 - sent / uncompressed if uncompressed else 0.0
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _check(state: Mapping[str, Any], shapes: Shapes) -> None:
-    missing = {"format", "step", "layout", "tally", "residuals", "factors"} - state.keys()
-    if missing:
-        raise StateError(f"not the state of a registration: {', '.join(sorted(missing))} is missing")
-    if state["format"] != FORMAT:
-        raise StateError(f"format is {state['format']!r}, but must be {FORMAT}")
-    for name in (name for names in state["layout"] for name in names):
-        if name not in shapes["parameter"]:
-            raise StateError(f"the state is of another model: it has {name!r}, which this one has not")
-    for kind in ("residual", "factor"):
-        for name, tensor in state[kind + "s"].items():
-            there, here = tuple(tensor.shape), tuple(shapes[kind].get(name, ()))
-            if there != here:
-                kept = f"{here} here" if here else "which is not kept here"
-                raise StateError(
-                    f"the state is of another model or reducer: the {kind} of {name!r} has shape {there} there, {kept}"
-                )

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from distopt.comm.communicator import Communicator
+from distopt.comm.requests import Request
 from distopt.numerics.finite import all_finite
 from distopt.reducers.reducer import Proposal, Reduction
 
@@ -41,20 +43,29 @@ class Transaction:
         Returns:
             Bytes of the gradients that were compressed, before and after.
         """
-        for proposal in self._proposals:
-            proposal.commit()
+        with record_function("distopt::decompress"):
+            for proposal in self._proposals:
+                proposal.commit()
         before, after = zip((0, 0), *(p.bytes_compressed for p in self._proposals), strict=True)
         return sum(before), sum(after)
 
     def _negotiate(self, reduction: Reduction) -> Proposal | None:
         try:
-            payload = next(reduction)
-            while all_finite(self._communicator.average_(payload)):
-                payload = reduction.send(payload)
+            request = _compress(reduction, None)
+            while True:
+                with record_function("distopt::communicate"):
+                    answer = self._communicator.answer(request)
+                if isinstance(request, Tensor) and not all_finite(answer):
+                    reduction.close()
+                    return None
+                request = _compress(reduction, answer)
         except StopIteration as returned:
             return returned.value
-        reduction.close()
-        return None
+
+
+def _compress(reduction: Reduction, answer: Tensor | None) -> Request:
+    with record_function("distopt::compress"):
+        return next(reduction) if answer is None else reduction.send(answer)
 
 
 def spoil(gradients: Iterator[Tensor]) -> None:

@@ -1,230 +1,253 @@
-"""The low-rank reduction of one bucket: two collectives, whatever it holds.
+"""Low-rank reduction of one bucket: what all ways of finding the factors share.
 
-The first carries what is sent whole and the left factors P, the second the right factors Q. Symbols as in
-`distopt.numerics.reference`; matrices of one shape are orthonormalised together.
+Whatever is sent whole travels with the first factors, so that a bucket takes as many rounds as there are factors to
+find. Symbols as in `distopt.numerics.reference`.
 """
 
+import abc
 import dataclasses
-import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distopt.comm.requests import Request
+from distopt.numerics.codecs import FloatCodec, PlainCodec
+from distopt.numerics.finite import all_finite
 from distopt.numerics.gaussian import seeded_gaussian
-from distopt.numerics.matricize import nearest_to_square
-from distopt.numerics.orthogonal import normalize_columns, orthogonalize
+from distopt.numerics.orthogonal import normalize_columns
+from distopt.numerics.storage import StorageDtype, pack, unpack
 from distopt.reducers.allreduce import split_into
-from distopt.reducers.reducer import Bucket, Plan, Proposal, Reduction, Slot, State
+from distopt.reducers.coded import Coded, Sent, coded_average
+from distopt.reducers.energy import EnergyRank
+from distopt.reducers.matrix import Layout, Matrix
+from distopt.reducers.memory import Memory, flush, forget, working_dtype
+from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Proposal, Reduction, Slot, State
+
+
+class Factors(NamedTuple):
+    """A low-rank matrix as all ranks have it, and as this rank put it in."""
+
+    left: Tensor  # P, (n, r)
+    right: Tensor  # Q, (m, r)
+    own_left: Tensor
+    own_right: Tensor
+    next: Tensor | None  # what the next step starts from; None: nothing is kept
 
 
 @dataclasses.dataclass(frozen=True)
-class Matrix:
-    """How one parameter's gradient is seen: as ``rows x columns``, low-rank from the smaller side.
+class LowRankSettings:
+    """What a plan needs to know of `PowerSGD`."""
 
-    Args:
-        slot: the parameter.
-        shape: rows and columns in the parameter's own order.
-        rank: columns of the factors.
-    """
-
-    slot: Slot
-    shape: tuple[int, int]
-    rank: int
-
-    @classmethod
-    def of(cls, slot: Slot, rank: int | float) -> "Matrix":
-        """Matricise a parameter; a fractional ``rank`` is one of the smaller side."""
-        shape = nearest_to_square(slot.parameter.shape)
-        smaller = min(shape)
-        columns = max(1, round(rank * smaller)) if isinstance(rank, float) else rank
-        return cls(slot, shape, min(columns, smaller))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What residual and factors are kept in: float64 for float64 gradients, else float32."""
-        return torch.promote_types(self.slot.parameter.dtype, torch.float32)
-
-    @property
-    def left(self) -> tuple[int, int]:
-        """Shape of P: the smaller side, which is cheaper to orthonormalise."""
-        return min(self.shape), self.rank
-
-    @property
-    def right(self) -> tuple[int, int]:
-        """Shape of Q: the larger side."""
-        return max(self.shape), self.rank
-
-    @property
-    def bytes(self) -> tuple[int, int]:
-        """Bytes of the gradient, and of its factors."""
-        raw = self.slot.parameter.numel() * self.slot.parameter.element_size()
-        return raw, sum(self.shape) * self.rank * self.dtype.itemsize
-
-    def oriented(self, tensor: Tensor) -> Tensor:
-        """The gradient or residual with its smaller side first: a view where memory allows."""
-        matrix = tensor.reshape(self.shape)
-        return matrix if self.shape[0] <= self.shape[1] else matrix.mT
-
-    def deoriented(self, matrix: Tensor) -> Tensor:
-        """The way back, to the parameter's shape."""
-        matrix = matrix if self.shape[0] <= self.shape[1] else matrix.mT
-        return matrix.reshape(self.slot.parameter.shape)
-
-
-class _Pair(NamedTuple):
-    """The factors of one matrix in one step."""
-
-    left: Tensor  # P, (n, r), orthonormal, the same on all ranks
-    own: Tensor  # Q of this rank's gradient, (m, r)
-    right: Tensor  # Q averaged, (m, r)
-    next: Tensor  # Q to start the next step from
+    seed: int
+    basis: str
+    memory: Memory
+    factor_dtype: StorageDtype | None
+    wire_dtype: torch.dtype | None
+    energy: EnergyRank | None
 
 
 class LowRankPlan(Plan):
-    """PowerSGD on the matrices of a bucket, exact averaging of the rest.
+    """Low-rank reduction of the matrices of a bucket, exact averaging of the rest.
 
     Args:
-        matrices: one a slot; ``None`` for what is sent whole.
-        seed: of the Gaussian that factors start from.
+        slots: of the bucket.
+        matrices: one list a slot; empty for what is sent whole.
+        settings: shared by all of them.
+        place: of this rank.
     """
 
-    def __init__(self, matrices: Sequence[Matrix | None], seed: int) -> None:
-        by_shape = sorted(
-            (i for i, matrix in enumerate(matrices) if matrix is not None),
-            key=lambda i: (matrices[i].left, matrices[i].right),  # type: ignore[reportOptionalMemberAccess]
-        )
-        self._compressed = by_shape
-        self._matrices = [matrix for i in by_shape if (matrix := matrices[i]) is not None]
-        self._whole = [i for i, matrix in enumerate(matrices) if matrix is None]
-        self._groups = [list(group) for _, group in itertools.groupby(self._matrices, lambda m: (m.left, m.right))]
-        self._optional = any(matrix.slot.optional for matrix in self._matrices)
-        self._seed = seed
-        raw, sent = zip(*(matrix.bytes for matrix in self._matrices), strict=True)
-        self._bytes = sum(raw), sum(sent)
+    def __init__(
+        self, slots: Sequence[Slot], matrices: Sequence[Sequence[Matrix]], settings: LowRankSettings, place: Place
+    ) -> None:
+        self.matrices = sorted((m for of_slot in matrices for m in of_slot), key=Layout.order)
+        self.settings = settings
+        self._place = place
+        self._chosen = [i for i, of_slot in enumerate(matrices) if of_slot]
+        self._whole = [i for i, of_slot in enumerate(matrices) if not of_slot]
+        self._slots = [slots[i] for i in self._chosen]
+        self._whole_slots = [slots[i] for i in self._whole]
+        self._optional = any(slot.optional for slot in self._slots)
+        self._fixed: dict[str, Tensor] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+
+    @abc.abstractmethod
+    def factorise(
+        self, inputs: Sequence[Tensor], extra: Tensor, state: State
+    ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
+        """Find the factors of ``inputs``, oriented, one a matrix, and average ``extra`` along with the first of them.
+
+        Returns:
+            The average of ``extra``, and the factors; ``None`` if anything averaged was not finite.
+        """
+
+    @abc.abstractmethod
+    def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
+        """Numbers that are sent for a matrix."""
+
+    @abc.abstractmethod
+    def first_factor(self, matrix: Matrix) -> Tensor | None:
+        """What a matrix starts from, ``None`` if it keeps nothing."""
 
     def reduce(self, bucket: Bucket, state: State) -> Reduction:
         """See `Plan.reduce`."""
-        gradients = [bucket.gradients[i] for i in self._compressed]
-        whole = [bucket.segments[i] for i in self._whole]
-        inputs = [self._input(matrix, g, state) for matrix, g in zip(self._matrices, gradients, strict=True)]
-        before = [self._factor(matrix, state) for matrix in self._matrices]
-        present = self._present(gradients)
-
-        sizes = [sum(s.numel() for s in whole), self._numel("left"), len(present)]
-        payload = inputs[0].new_empty(sum(sizes))
-        head, middle, tail = payload.split(sizes)
-        if whole:
-            head.copy_(torch.cat(whole))
-        for m, q, p in zip(inputs, before, self._views(middle, "left"), strict=True):
-            torch.mm(m, q, out=p)
-        tail.copy_(torch.tensor(present))
-        yield payload
-
-        lefts = [p for stack in self._stacks(middle, "left") for p in orthogonalize(stack)]
-        payload = payload.new_empty(self._numel("right"))
-        for m, p, q in zip(inputs, lefts, self._views(payload, "right"), strict=True):
-            torch.mm(m.mT, p, out=q)
-        own = payload.clone()
+        gradients = {slot.name: bucket.gradients[i] for slot, i in zip(self._slots, self._chosen, strict=True)}
+        segments = [bucket.segments[i] for i in self._whole]
+        flushed = flush(self._whole_slots, [bucket.gradients[i] for i in self._whole], state)
+        norms = _norms(gradients) if state.figures is not None else {}
+        present = [float(g.any()) for g in gradients.values()] if self._optional else []
+        memory = self.settings.memory
+        inputs = {slot.name: memory.add_into(slot, gradients[slot.name], state) for slot in self._slots}
+        dtype = next(iter(inputs.values())).dtype
+        extra = torch.cat([*(s.to(dtype) for s in segments), next(iter(inputs.values())).new_tensor(present)])
+        outcome = yield from self.factorise([m.oriented(inputs[m.slot.name]) for m in self.matrices], extra, state)
         inputs.clear()  # their memory is not needed to commit
-        yield payload
-
-        renewed = [q for stack in self._stacks(payload, "right") for q in zip(*normalize_columns(stack), strict=True)]
-        pairs = [
-            _Pair(p, q_own, q, self._renew(matrix, old, *new, step=state.step))
-            for matrix, p, q_own, q, old, new in zip(
-                self._matrices,
-                lefts,
-                self._views(own, "right"),
-                self._views(payload, "right"),
-                before,
-                renewed,
-                strict=True,
-            )
-        ]
-        if any(_overflows(pair, g.dtype) for pair, g in zip(pairs, gradients, strict=True)):
+        if outcome is None:
             return None
-        somewhere = tail.tolist() if self._optional else [1.0] * len(pairs)
+        extra, factors = outcome
+        if any(_overflows(f, m.slot.parameter.dtype) for f, m in zip(factors, self.matrices, strict=True)):
+            return None
+        used = extra[len(extra) - len(present) :].tolist() if present else [1.0] * len(gradients)
 
         def commit() -> None:
-            split_into(whole, head)
-            for matrix, pair, gradient, used in zip(self._matrices, pairs, gradients, somewhere, strict=True):
-                if used:
-                    _commit(matrix, pair, gradient, state)
+            split_into(segments, extra[: len(extra) - len(present)])
+            forget(flushed, state)
+            for slot, is_used in zip(self._slots, used, strict=True):
+                if is_used:
+                    own = [(m, f) for m, f in zip(self.matrices, factors, strict=True) if m.slot is slot]
+                    self._commit(slot, own, gradients[slot.name], norms.get(slot.name), state)
+                else:
+                    gradients[slot.name].zero_()
 
-        return Proposal(commit, self._bytes)
+        return Proposal(commit, self._bytes(state))
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
         """See `Plan.residual_shapes`."""
-        return {matrix.slot.name: matrix.slot.parameter.shape for matrix in self._matrices}
+        return {slot.name: slot.parameter.shape for slot in self._slots}
 
     def factor_shapes(self) -> Mapping[str, Sequence[int]]:
-        """See `Plan.factor_shapes`."""
-        return {matrix.slot.name: matrix.right for matrix in self._matrices}
+        """See `Plan.factor_shapes`; -1 stands for an adaptive rank."""
+        shapes: dict[str, Sequence[int]] = {}
+        for matrix in self.matrices:
+            first = self.first_factor(matrix)
+            if first is not None:
+                shapes[matrix.key] = (first.shape[0], first.shape[1] if self.settings.energy is None else -1)
+        return shapes
 
-    def _input(self, matrix: Matrix, gradient: Tensor, state: State) -> Tensor:
-        """M: the gradient plus what was not sent before, ``(n, m)``."""
-        residual = state.residuals.get(matrix.slot.name)
-        return matrix.oriented(gradient.to(matrix.dtype) if residual is None else residual + gradient)
+    def prepare(self, state: State) -> None:
+        """See `Plan.prepare`."""
+        for slot in self._slots:
+            if slot.name not in state.residuals:
+                zeros = torch.zeros(slot.parameter.shape, dtype=working_dtype(slot), device=slot.parameter.device)
+                self.settings.memory.keep(slot, zeros, state)
+        for matrix in self.matrices:
+            first = self.first_factor(matrix)
+            if matrix.key not in state.factors and first is not None:
+                state.factors[matrix.key] = pack(first, self.settings.factor_dtype)
 
-    def _factor(self, matrix: Matrix, state: State) -> Tensor:
-        """Q of the step before, or its first draw."""
-        factor = state.factors.get(matrix.slot.name)
-        return self._draw(matrix, state.step) if factor is None else factor
+    def layout(self, state: State) -> Layout:
+        """Where the factors of this step lie."""
+        ranks = tuple(self._rank(matrix, state) for matrix in self.matrices)
+        if ranks not in self._layouts:
+            self._layouts[ranks] = Layout(self.matrices, ranks)
+        return self._layouts[ranks]
 
-    def _draw(self, matrix: Matrix, step: int) -> Tensor:
-        gaussian = seeded_gaussian(*matrix.right, self._seed, matrix.slot.name, step)
+    def kept_factor(self, matrix: Matrix, state: State, rows: int) -> Tensor | None:
+        """The factor of the step before, fitted to the rank of this one; ``None`` before the first."""
+        stored = state.factors.get(matrix.key)
+        if stored is None:
+            return None
+        factor = unpack(stored, matrix.dtype)
+        rank = self._rank(matrix, state)
+        if factor.shape[0] != rows:  # another reducer's, which passed this way
+            return None
+        if factor.shape[1] >= rank:
+            return factor[:, :rank]
+        return torch.cat([factor, self.draw(matrix, rows, rank, "more", state.step)[:, factor.shape[1] :]], dim=1)
+
+    def draw(self, matrix: Matrix, rows: int, rank: int, *key: int | str) -> Tensor:
+        """Gaussian columns of length 1, the same on all ranks."""
+        gaussian = seeded_gaussian(rows, rank, self.settings.seed, matrix.key, *key)
         return normalize_columns(gaussian.to(matrix.slot.parameter.device, matrix.dtype))[0]
 
-    def _renew(self, matrix: Matrix, old: Tensor, unit: Tensor, alive: Tensor, step: int) -> Tensor:
-        """Q for the next step: dead columns drawn anew; a gradient of zero leaves Q alone."""
+    def renew(self, matrix: Matrix, old: Tensor, unit: Tensor, alive: Tensor, step: int) -> Tensor:
+        """A factor for the next step: dead columns drawn anew; a gradient of zero leaves it alone."""
         if bool(alive.all()):
             return unit
         if not bool(alive.any()):
             return old
-        return torch.where(alive, unit, self._draw(matrix, step + 1))
+        return torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
 
-    def _present(self, gradients: Sequence[Tensor]) -> list[float]:
-        """Which matrices have a gradient here, one number each; empty where every matrix must have one."""
-        return [float(gradient.any()) for gradient in gradients] if self._optional else []
+    def share(
+        self, extra: Tensor, factors: Tensor, state: State, phase: int
+    ) -> Generator[Request, Tensor, tuple[Tensor, Sent] | None]:
+        """Average ``extra`` exactly and ``factors`` in the wire's dtype, in one round."""
+        if self.settings.wire_dtype is None:
+            payload = torch.cat([extra, factors])
+            yield payload
+            return payload[: len(extra)], Sent(payload[len(extra) :], factors)
+        parts = [Coded(factors, FloatCodec(self.settings.wire_dtype))]
+        if len(extra) > 0:
+            parts.append(Coded(extra, PlainCodec()))
+        sent = yield from coded_average(parts, self._place, state.step, phase)
+        if not all(all_finite(s.average) for s in sent):
+            return None
+        return sent[1].average if len(extra) > 0 else extra, sent[0]
 
-    def _numel(self, side: str) -> int:
-        return sum(math.prod(getattr(matrix, side)) for matrix in self._matrices)
+    def _rank(self, matrix: Matrix, state: State) -> int:
+        energy = self.settings.energy
+        return matrix.rank if energy is None else min(matrix.rank, energy.rank(state.factors.get(matrix.key)))
 
-    def _stacks(self, payload: Tensor, side: str) -> list[Tensor]:
-        """The payload as one ``(k, rows, rank)`` view for each group of ``k`` matrices of the same shape."""
-        shapes = [(len(group), *getattr(group[0], side)) for group in self._groups]
-        return [
-            part.view(shape) for part, shape in zip(payload.split([math.prod(s) for s in shapes]), shapes, strict=True)
-        ]
+    def _bytes(self, state: State) -> tuple[int, int]:
+        raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
+        return raw, sum(self._sent_bytes(matrix, state) for matrix in self.matrices)
 
-    def _views(self, payload: Tensor, side: str) -> list[Tensor]:
-        return [factor for stack in self._stacks(payload, side) for factor in stack]
+    def _sent_bytes(self, matrix: Matrix, state: State) -> int:
+        dtype = self.settings.wire_dtype or matrix.dtype
+        return self.sent_numbers(matrix, self._rank(matrix, state), state.step) * dtype.itemsize
+
+    def _commit(
+        self,
+        slot: Slot,
+        own: Sequence[tuple[Matrix, Factors]],
+        gradient: Tensor,
+        gradient_norm: float | None,
+        state: State,
+    ) -> None:
+        """Write the average into the gradient, and what this rank did not send into its residual."""
+        error = self.settings.memory.input_again(slot, gradient, state)
+        input_norm = _norm(error) if gradient_norm is not None else 0.0
+        for matrix, factors in own:
+            average = factors.left @ factors.right.mT
+            part = matrix.oriented(error).addmm_(factors.own_left, factors.own_right.mT, alpha=-1)
+            rounded = average.to(gradient.dtype)
+            if rounded.dtype != average.dtype:
+                part.add_(average.sub_(rounded))
+            matrix.write(rounded, gradient)
+        if gradient_norm is not None and state.figures is not None:
+            raw = slot.parameter.numel() * slot.parameter.element_size()
+            sent = sum(self._sent_bytes(matrix, state) for matrix, _ in own)
+            state.figures[slot.name] = Figures(gradient_norm, input_norm, _norm(error), raw, sent)
+        self.settings.memory.keep(slot, error, state)
+        for matrix, factors in own:
+            if factors.next is not None:
+                state.factors[matrix.key] = pack(factors.next, self.settings.factor_dtype)
 
 
-def _overflows(pair: _Pair, dtype: torch.dtype) -> bool:
+def _overflows(factors: Factors, dtype: torch.dtype) -> bool:
     """Whether P Qᵀ has an element beyond the range of ``dtype``. Alike on all ranks, as both factors are."""
     limit = torch.finfo(dtype).max
-    bound = torch.linalg.vector_norm(pair.left, dim=1).max() * torch.linalg.vector_norm(pair.right, dim=1).max()
+    left, right = factors.left, factors.right
+    bound = torch.linalg.vector_norm(left, dim=1).max() * torch.linalg.vector_norm(right, dim=1).max()
     if bool(bound < limit):
         return False
-    return not bool(torch.isfinite((pair.left @ pair.right.mT).to(dtype)).all())
+    return not bool(torch.isfinite((left @ right.mT).to(dtype)).all())
 
 
-def _commit(matrix: Matrix, pair: _Pair, gradient: Tensor, state: State) -> None:
-    """Write the average into the gradient, and what this rank did not send into its residual."""
-    name = matrix.slot.name
-    if name in state.residuals:
-        residual = state.residuals[name].add_(gradient)
-    else:
-        residual = state.residuals[name] = torch.empty(gradient.shape, dtype=matrix.dtype, device=gradient.device)
-        residual.copy_(gradient)
-    average = pair.left @ pair.right.mT
-    error = matrix.oriented(residual).addmm_(pair.left, pair.own.mT, alpha=-1)
-    rounded = average.to(gradient.dtype)
-    if rounded.dtype != average.dtype:
-        error.add_(average.sub_(rounded))
-    gradient.copy_(matrix.deoriented(rounded))
-    state.factors[name] = pair.next
+def _norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: _norm(gradient) for name, gradient in gradients.items()}
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))

@@ -327,10 +327,10 @@ def raising_reducer_job(rank):
 
 
 class Broken(distopt.AllReduce):
-    def plan(self, slots):
+    def plan(self, slots, place):
         if len(slots) > 1:
             raise ValueError("the plan is broken")
-        return super().plan(slots)
+        return super().plan(slots, place)
 
 
 def test_an_error_on_the_worker_surfaces_from_backward():

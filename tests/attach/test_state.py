@@ -101,9 +101,9 @@ def same_job(rank):
     model, registration, optimizer = begin(12, torch.float32, {})
     for step in range(3):
         step_on(model, optimizer, rank, step, torch.float32)
-    own = copy.deepcopy(registration._state.residuals)
+    own = copy.deepcopy(registration._engine.state.residuals)
     state = registration.state_dict()
-    live = registration._state.residuals
+    live = registration._engine.state.residuals
     return (
         own,
         state,
@@ -141,7 +141,7 @@ def test_a_foreign_state_is_refused_and_nothing_changes():
     theirs = distopt.register(other, REDUCER)
     with pytest.raises(distopt.StateError, match=r"it has '.*', which this one has not"):
         theirs.load_state_dict(good)
-    with pytest.raises(distopt.StateError, match="format is 7, but must be 1"):
+    with pytest.raises(distopt.StateError, match="format is 7, but must be 2"):
         registration.load_state_dict({**good, "format": 7})
     with pytest.raises(distopt.StateError, match="not the state of a registration: factors, format"):
         registration.load_state_dict({"step": 0, "layout": [], "tally": {}, "residuals": {}})

@@ -14,7 +14,7 @@ from distopt import PowerSGD
 from distopt.numerics.orthogonal import IDENTITY
 from distopt.numerics.reference import power_sgd
 from distopt.reducers.lowrank import LowRankPlan
-from distopt.reducers.reducer import Slot
+from distopt.reducers.reducer import Place, Slot
 from tests.simulation import Ranks
 
 seeds = st.integers(0, 2**31)
@@ -38,11 +38,8 @@ def test_equals_the_reference(seed, world, rows, extra, rank):
     residuals = [torch.zeros(rows, columns, dtype=torch.float64)] * world
     for step in range(3):
         gradients = [torch.randn(rows, columns, generator=generator, dtype=torch.float64) for _ in range(world)]
-        factor = (
-            ranks.states[0].factors.get("w")
-            if step
-            else ranks.plan.after._factor(ranks.plan.after._matrices[0], ranks.states[0])
-        )
+        plan = ranks.plans[0]
+        factor = ranks.states[0].factors["w"] if step else plan.first_factor(plan.matrices[0])
         expected = power_sgd(gradients, residuals, factor, IDENTITY)
         delivered = ranks.step([{"w": g} for g in gradients])[0]["w"]
         assert torch.allclose(delivered, expected.average, rtol=0, atol=1e-9)
@@ -147,9 +144,8 @@ def test_start_step_counts_taken_steps_and_is_exact_before():
 
 def compressed_names(reducer, shapes, exempt=()):
     slots = [Slot(name, nn.Parameter(torch.zeros(shape)), exempt=name in exempt) for name, shape in shapes.items()]
-    plan = reducer.plan(slots)
-    inner = getattr(plan, "after", plan)
-    return {m.slot.name: m for m in inner._matrices} if isinstance(inner, LowRankPlan) else {}
+    plan = reducer.plan(slots, Place())
+    return {m.slot.name: m for m in plan.matrices} if isinstance(plan, LowRankPlan) else {}
 
 
 def test_what_is_compressed():
@@ -202,6 +198,19 @@ def test_ranks_by_number_fraction_and_callable():
         ({"uncompressed": "head"}, "PowerSGD.uncompressed is 'head', but must be None, a list of glob patterns"),
         ({"uncompressed": [1]}, r"PowerSGD.uncompressed is \[1\]"),
         ({"seed": "x"}, "PowerSGD.seed is 'x', but must be an integer"),
+        ({"rank": {}}, "PowerSGD.rank is {}"),
+        ({"rank": {-1: 4}}, "PowerSGD.rank step is -1, but must be an integer of at least 0"),
+        ({"rank": {0: 4, 9: 0}}, r"PowerSGD.rank\[9\] is 0, but must be an integer of at least 1"),
+        ({"basis": "cold"}, "PowerSGD.basis is 'cold', but must be 'warm', 'fixed' or 'fresh'"),
+        ({"passes": "one"}, "PowerSGD.passes is 'one', but must be 'both' or 'alternate'"),
+        ({"passes": "alternate", "basis": "fixed"}, "PowerSGD.passes is 'alternate', but must be 'both' unless"),
+        ({"passes": "alternate", "rank": distopt.EnergyRank()}, "PowerSGD.passes is 'alternate'"),
+        ({"basis": "fresh", "rank": distopt.EnergyRank()}, "PowerSGD.basis is 'fresh', but must be 'warm'"),
+        ({"stacked": ["qkv"]}, r"PowerSGD.stacked is \['qkv'\]"),
+        ({"stacked": {"qkv": 0}}, "PowerSGD.stacked is {'qkv': 0}"),
+        ({"residual_dtype": torch.float64}, "PowerSGD.residual_dtype is torch.float64, but must be one of None"),
+        ({"factor_dtype": "1-5-10"}, "PowerSGD.factor_dtype is '1-5-10'"),
+        ({"wire_dtype": "1-6-9"}, "PowerSGD.wire_dtype is '1-6-9', but must be None, torch.float32"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -123,8 +123,13 @@ def test_ctrl_c_ends_all_ranks(module, tmp_path, capfd):
         sessions.extend(os.getsid(int(pid.read_text())) for pid in pids)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts background jobs with SIGINT ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    assert launch.start([], 2, tmp_path / "error.txt", name) == launch.INTERRUPTED
+    try:
+        assert launch.start([], 2, tmp_path / "error.txt", name) == launch.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert capfd.readouterr().err == "distopt-dalle: interrupted\n"
     # The terminal sends Ctrl-C to a whole session: ranks are in others, or each would print a traceback.
     assert os.getsid(0) not in sessions

@@ -1,0 +1,253 @@
+"""The steps of one reducer on one model, wherever its gradients are met."""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from distopt.attach.transaction import Transaction
+from distopt.comm.agreement import Step, StepCheck, agree, describe, drift
+from distopt.comm.communicator import Communicator
+from distopt.errors import SettingError
+from distopt.numerics.storage import Packed, Stored, pack, unpack
+from distopt.reducers.allreduce import AllReducePlan
+from distopt.reducers.memory import storage_of
+from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Reducer, Slot, State
+from distopt.reducers.settings import is_number
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+@dataclasses.dataclass
+class Tally:
+    """The running figures behind `Stats`."""
+
+    steps: int = 0
+    skipped_steps: int = 0
+    bytes_uncompressed: int = 0
+    bytes_sent: int = 0
+    matrix_bytes_uncompressed: int = 0
+    matrix_bytes_sent: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What is looked at besides the gradients, and when to raise an alarm.
+
+    Args:
+        agreement: whether ranks compare what they are about to reduce, before each step.
+        check_replicas_every: steps from one comparison of all parameters to the next; 0 for never.
+        every: steps from one measured step to the next; 0 for never.
+        residual_bound: ratio of a residual's norm to its gradient's beyond which a warning is given, once a parameter.
+    """
+
+    agreement: bool = True
+    check_replicas_every: int = 1000
+    every: int = 100
+    residual_bound: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.check_replicas_every < 0:
+            raise SettingError("check_replicas_every", self.check_replicas_every, "an integer of at least 0")
+        if self.every < 0:
+            raise SettingError("measure_every", self.every, "an integer of at least 0")
+        if not self.residual_bound > 0:
+            raise SettingError("residual_bound", self.residual_bound, "a number above 0")
+
+
+class Engine:
+    """Plans, state and figures of one reducer at work; attachments hand it the gradients.
+
+    Args:
+        slots: every parameter, in an order that is the same on all ranks.
+        reducer: the settings.
+        watch: what is measured.
+        grad_scaler: knows what the loss is multiplied by.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], reducer: Reducer, watch: Watch, grad_scaler: GradScaler | None = None
+    ) -> None:
+        self.slots = {slot.name: slot for slot in slots}
+        self.reducer = reducer
+        self.state = State()
+        self.tally = Tally()
+        self.paused = False
+        self.loss_scale = 1.0
+        """What the residuals are scaled by at present."""
+        self._next_loss_scale = 1.0
+        self._grad_scaler = grad_scaler
+        self.figures: Mapping[str, Figures] = {}
+        """Of the last measured step."""
+        self.joined = 0
+        """Ranks that have run out of inputs (torch's ``Join``), in the step under way."""
+        self.communicator: Communicator
+        """Set by `connect`."""
+        self._step_check: StepCheck
+        self._sent_before = 0
+        self._watch = watch
+        self._warned: set[str] = set()
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._transaction: Transaction | None = None
+
+    def check(self, reducer: Reducer, world_size: int) -> None:
+        """Fail now, not in backward, if a setting does not fit a parameter."""
+        reducer.parts(world_size)
+        for slot in self.slots.values():
+            reducer.plan([slot], Place(0, world_size))
+
+    def connect(self, communicator: Communicator) -> None:
+        """Begin to talk, once all ranks are known to have the same parameters and settings. Collective."""
+        self.communicator = communicator
+        facts = [(name, describe(slot.parameter)) for name, slot in self.slots.items()]
+        communicator.guard("the comparison of parameters", lambda: agree(communicator.group, facts, "parameter"))
+        self._step_check = StepCheck(communicator.group)
+        self._settle_on(self.reducer)
+
+    def use(self, reducer: Reducer) -> None:
+        """Go on with another reducer, which takes up what this one left. Collective."""
+        self.check(reducer, self.communicator.world_size)
+        self._settle_on(reducer)
+
+    def _settle_on(self, reducer: Reducer) -> None:
+        communicator, facts = self.communicator, [("reducer", _ADDRESS.sub("", repr(reducer)))]
+        communicator.guard("the comparison of settings", lambda: agree(communicator.group, facts, "setting"))
+        self.reducer = reducer
+        self._plans.clear()
+        communicator.divide(reducer.parts(communicator.world_size))
+
+    def check_replicas(self) -> None:
+        """See `Registration.check_replicas`."""
+        communicator = self.communicator
+        tensors = {name: slot.parameter.detach() for name, slot in self.slots.items()}
+        if not self.reducer.parts(communicator.world_size):
+            tensors |= {f"the factor of {name}": _bits(factor) for name, factor in self.state.factors.items()}
+        communicator.guard("the comparison of replicas", lambda: drift(communicator.group, tensors))
+
+    def prepare(self, state: State) -> None:
+        """Put everything that this rank will keep into ``state``, where it is missing."""
+        for slot in self.slots.values():
+            self.reducer.plan([slot], self._place).prepare(state)
+
+    def shapes(self) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
+        """Shapes of the residuals and of the factors that any rank keeps, by name; -1 for what varies."""
+        world = self.communicator.world_size
+        places = [Place(rank, world) for rank in range(world)] if self.reducer.parts(world) else [self._place]
+        residuals: dict[str, Sequence[int]] = {}
+        factors: dict[str, Sequence[int]] = {}
+        for slot in self.slots.values():
+            for place in places:
+                plan = self.reducer.plan([slot], place)
+                residuals.update(plan.residual_shapes())
+                factors.update(plan.factor_shapes())
+        return residuals, factors
+
+    def restart(self, state: State | None = None) -> None:
+        """Go on from another state, in unscaled units; from nothing if there is none."""
+        self.state = state or State()
+        self.loss_scale = 1.0
+
+    def begin(self, names: tuple[str, ...], forwards: int = 0) -> None:
+        """Open a step, once all ranks are known to do the same.
+
+        Args:
+            names: the parameters that it begins with.
+            forwards: forward passes since the last step; 0 if that is not known.
+        """
+        self.communicator.step = self.tally.steps
+        if self._watch.agreement:
+            self._compare(Step(self.tally.steps, (f"paused: {self.paused}", *names), forwards))
+        self._rescale(self._next_loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale())
+        measured = self._watch.every > 0 and self.state.step % self._watch.every == 0 and not self.paused
+        self.state.figures = {} if measured else None
+        self._transaction = Transaction(self.communicator)
+        self._sent_before = self.communicator.bytes_sent
+
+    def propose(
+        self, names: tuple[str, ...], gradients: Sequence[Tensor], segments: Sequence[Tensor], flat: Tensor | None
+    ) -> None:
+        """Reduce some gradients as far as can be before the whole step is known."""
+        assert self._transaction is not None
+        self.tally.bytes_uncompressed += sum(g.numel() * g.element_size() for g in gradients)
+        self._transaction.propose(self._plan(names).reduce(Bucket(gradients, segments, flat), self.state))
+
+    def finish(self) -> bool:
+        """Take the step, or drop it; tell which."""
+        assert self._transaction is not None
+        transaction, self._transaction = self._transaction, None
+        tally = self.tally
+        tally.steps += 1
+        if transaction.sound:
+            raw, sent = transaction.commit()
+            tally.matrix_bytes_uncompressed += raw
+            tally.matrix_bytes_sent += sent
+            self.state.step += 0 if self.paused else 1
+            self._look()
+        else:
+            tally.skipped_steps += 1
+        tally.bytes_sent += self.communicator.bytes_sent - self._sent_before
+        return transaction.sound
+
+    def set_loss_scale(self, loss_scale: float) -> None:
+        """See `Registration.set_loss_scale`."""
+        if self._grad_scaler is not None:
+            raise SettingError("loss_scale", loss_scale, "left to the grad_scaler that register was given")
+        if not is_number(loss_scale) or not 0 < loss_scale < math.inf:
+            raise SettingError("loss_scale", loss_scale, "a finite number above 0")
+        self._next_loss_scale = loss_scale
+
+    def _rescale(self, loss_scale: float) -> None:
+        """Express the residuals in units of another loss scale."""
+        if loss_scale == self.loss_scale:
+            return
+        ratio = loss_scale / self.loss_scale
+        self.state.residuals = {name: _times(kept, ratio) for name, kept in self.state.residuals.items()}
+        self.loss_scale = loss_scale
+
+    @property
+    def _place(self) -> Place:
+        return Place(self.communicator.rank, self.communicator.world_size)
+
+    def _plan(self, names: tuple[str, ...]) -> Plan:
+        if self.paused:
+            return AllReducePlan()
+        plan = self._plans.get(names)
+        if plan is None:
+            plan = self._plans[names] = self.reducer.plan([self.slots[name] for name in names], self._place)
+        return plan
+
+    def _compare(self, step: Step) -> None:
+        def check() -> None:
+            self.joined = self._step_check(step)
+
+        self.communicator.guard("the comparison of steps", check)
+        every = self._watch.check_replicas_every
+        if every > 0 and self.tally.steps % every == 0:
+            self.check_replicas()
+
+    def _look(self) -> None:
+        """Keep the figures of a measured step, and warn of residuals that have grown too large."""
+        if self.state.figures is None:
+            return
+        self.figures, self.state.figures = self.state.figures, None
+        for name, figures in self.figures.items():
+            if figures.residual_ratio > self._watch.residual_bound and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"the residual of {name!r} is {figures.residual_ratio:.3g} times its gradient, beyond the bound of "
+                    f"{self._watch.residual_bound:g}: compress it less, or send it whole",
+                    stacklevel=2,
+                )
+
+
+def _bits(stored: Stored) -> Tensor:
+    return stored.codes if isinstance(stored, Packed) else stored
+
+
+def _times(kept: Stored, ratio: float) -> Stored:
+    """What is kept, times a number; a power of two changes no bit but the exponent."""
+    return pack(unpack(kept).mul_(ratio), storage_of(kept)) if isinstance(kept, Packed) else kept.mul_(ratio)

@@ -1,0 +1,133 @@
+"""Gradients of trainers that use no wrapper: a plain list of parameters, reduced when ``backward`` is over."""
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distopt.attach.engine import Engine
+from distopt.attach.exemptions import is_exempt_by_name, plain_name
+from distopt.errors import RegistrationError
+from distopt.reducers.reducer import Slot
+
+BUCKET_BYTES = 25 * 2**20
+"""How many bytes of gradients are reduced together, as in DDP."""
+
+
+class GradientsAttachment:
+    """Reduces ``.grad`` of parameters, in their order, when told to.
+
+    Args:
+        engine: carries out the steps.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._layout: list[list[str]] = []
+
+    def settle(self) -> None:
+        """See `Attachment.settle`."""
+
+    def layout(self) -> list[list[str]]:
+        """See `Attachment.layout`."""
+        return self._layout
+
+    def keep_layout(self, layout: Sequence[Sequence[str]]) -> None:
+        """See `Attachment.keep_layout`: ours never changes but with the gradients that there are."""
+
+    def reduce(self) -> bool:
+        """See `Registration.reduce`."""
+        slots = self._present()
+        buckets = _buckets(slots)
+        self._layout = [[slot.name for slot in bucket] for bucket in buckets]
+        self._engine.begin(tuple(slot.name for slot in slots))
+        for bucket in buckets:
+            gradients = [_gradient(slot) for slot in bucket]
+            self._engine.propose(tuple(slot.name for slot in bucket), gradients, [_segment(g) for g in gradients], None)
+        taken = self._engine.finish()
+        if not taken:
+            for slot in slots:
+                _gradient(slot).fill_(float("nan"))
+        return taken
+
+    def _present(self) -> list[Slot]:
+        """The parameters that have a gradient on any rank; where this one has none, it gets one of zeros."""
+        slots = [slot for slot in self._engine.slots.values() if slot.parameter.requires_grad]
+        if not slots:
+            return []
+        for slot in slots:
+            gradient = slot.parameter.grad
+            if gradient is not None and gradient.is_sparse:
+                raise RegistrationError(f"the gradient of {slot.name!r} is sparse, which cannot be reduced")
+        here = [float(slot.parameter.grad is not None) for slot in slots]
+        anywhere = self._engine.communicator.average_(torch.tensor(here, device=slots[0].parameter.device))
+        present = [slot for slot, share in zip(slots, anywhere.tolist(), strict=True) if share > 0]
+        for slot in present:
+            if slot.parameter.grad is None:
+                slot.parameter.grad = torch.zeros_like(slot.parameter)
+            elif not _lies_like(slot.parameter.grad, slot.parameter):
+                slot.parameter.grad = torch.empty_like(slot.parameter).copy_(slot.parameter.grad)
+        return present
+
+
+def slots_of(parameters: Iterable[object]) -> list[Slot]:
+    """Name the parameters of a plain list; those without a name are called by their place.
+
+    Args:
+        parameters: ``model.named_parameters()``, or a list of parameters.
+
+    Raises:
+        RegistrationError: if there is anything else in it, nothing at all, or a name or a parameter twice.
+    """
+    slots: list[Slot] = []
+    for index, item in enumerate(parameters):
+        name, parameter = cast(tuple[Any, Any], item) if isinstance(item, tuple) else (str(index), item)
+        if not isinstance(name, str) or not isinstance(parameter, Tensor):
+            raise RegistrationError(
+                f"item {index} is a {type(item).__name__}, but must be a parameter or (name, parameter)"
+            )
+        name = plain_name(name)
+        exempt = is_exempt_by_name(name) or sum(side > 1 for side in parameter.shape) < 2
+        slots.append(Slot(name, cast(nn.Parameter, parameter), exempt=exempt))
+    if not slots:
+        raise RegistrationError("there is no parameter to register")
+    keys: list[Callable[[Slot], object]] = [lambda slot: slot.name, lambda slot: id(slot.parameter)]
+    for key in keys:
+        counts = collections.Counter(map(key, slots))
+        twice = next((slot.name for slot in slots if counts[key(slot)] > 1), None)
+        if twice is not None:
+            raise RegistrationError(f"{twice!r} is there twice")
+    return slots
+
+
+def _buckets(slots: Sequence[Slot]) -> list[list[Slot]]:
+    """Consecutive parameters of one dtype and device, up to a size; the same on all ranks."""
+    buckets: list[list[Slot]] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[Slot], int]] = {}
+    for slot in slots:
+        kind = slot.parameter.dtype, slot.parameter.device
+        size = slot.parameter.numel() * slot.parameter.element_size()
+        bucket, filled = open_buckets.get(kind, ([], BUCKET_BYTES))
+        if filled + size > BUCKET_BYTES:
+            bucket, filled = [], 0
+            buckets.append(bucket)
+        bucket.append(slot)
+        open_buckets[kind] = bucket, filled + size
+    return buckets
+
+
+def _gradient(slot: Slot) -> Tensor:
+    assert slot.parameter.grad is not None
+    return slot.parameter.grad
+
+
+def _segment(gradient: Tensor) -> Tensor:
+    """The memory of a dense tensor as one dimension."""
+    return gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
+
+
+def _lies_like(gradient: Tensor, parameter: Tensor) -> bool:
+    """Whether the gradient's elements lie in memory as `torch.empty_like` would lay them out, on every rank alike."""
+    return gradient.stride() == torch.empty_like(parameter, device="meta").stride()
