@@ -42,6 +42,45 @@ def householder(matrix: Tensor) -> Tensor:
     return product[:, :columns]
 
 
+class AlternatingStep(NamedTuple):
+    """What one step of alternating power iterations ends with."""
+
+    average: Tensor  # (n, m): the same on all ranks
+    residuals: list[Tensor]  # (n, m) each, one a rank
+    factor: Tensor  # (n, r) if P was sent, (m, r) if Q was: columns not yet normalised
+
+
+def alternating(
+    gradients: Sequence[Tensor], residuals: Sequence[Tensor], kept: Tensor, identity: float, *, send_left: bool
+) -> AlternatingStep:
+    """One step of ACP-SGD (Zhang et al. 2023, algorithm 1) with local error feedback: one factor is kept, one sent.
+
+    Args:
+        gradients: rank i's gradient at place i, ``(n, m)`` float64, n <= m.
+        residuals: what rank i has not sent so far, ``(n, m)``.
+        kept: Q, ``(m, r)``, if P is sent; P, ``(n, r)``, if Q is.
+        identity: multiple of the identity relative to the largest column norm.
+        send_left: whether P is sent.
+
+    Example:
+        >>> one = torch.ones(2, 3, dtype=torch.float64)
+        >>> q = torch.full((3, 1), 3 ** -0.5, dtype=torch.float64)
+        >>> step = alternating([one, 3 * one], [0 * one, 0 * one], q, 1e-6, send_left=True)
+        >>> torch.allclose(step.average, 2 * one, atol=1e-5)
+        True
+    """
+    inputs = [g + e for g, e in zip(gradients, residuals, strict=True)]
+    basis = kept + identity * kept.norm(dim=0).max() * torch.eye(*kept.shape, dtype=kept.dtype)
+    basis = householder(basis)
+    local = [m @ basis if send_left else m.T @ basis for m in inputs]
+    factor = torch.stack(local).sum(0) / len(inputs)
+
+    def product(sent: Tensor) -> Tensor:
+        return sent @ basis.T if send_left else basis @ sent.T
+
+    return AlternatingStep(product(factor), [m - product(own) for m, own in zip(inputs, local, strict=True)], factor)
+
+
 def power_sgd(
     gradients: Sequence[Tensor], residuals: Sequence[Tensor], factor: Tensor, identity: float
 ) -> PowerSGDStep:

@@ -25,7 +25,7 @@ class AlternatingPlan(LowRankPlan):
     """
 
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Tensor, state: State
+        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
     ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
         """See `LowRankPlan.factorise`."""
         layout, even = self.layout(state), state.step % 2 == 0
@@ -39,7 +39,7 @@ class AlternatingPlan(LowRankPlan):
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
-        extra, sent = shared
+        whole, sent = shared
         averages, own = (layout.views(flat, side) for flat in sent)
         units = [pair for s in layout.stacks(sent.average, side) for pair in zip(*normalize_columns(s), strict=True)]
         factors: list[Factors] = []
@@ -50,7 +50,7 @@ class AlternatingPlan(LowRankPlan):
             following = torch.cat([new, q] if even else [p, new])
             pairs = (average, basis, mine, basis) if even else (basis, average, basis, mine)
             factors.append(Factors(*pairs, following))
-        return extra, factors
+        return whole, factors
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""

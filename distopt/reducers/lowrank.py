@@ -74,12 +74,12 @@ class LowRankPlan(Plan):
 
     @abc.abstractmethod
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Tensor, state: State
+        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
     ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
         """Find the factors of ``inputs``, oriented, one a matrix, and average ``extra`` along with the first of them.
 
         Returns:
-            The average of ``extra``, and the factors; ``None`` if anything averaged was not finite.
+            The average of ``extra``, in one piece, and the factors; ``None`` if anything averaged was not finite.
         """
 
     @abc.abstractmethod
@@ -99,19 +99,20 @@ class LowRankPlan(Plan):
         present = [float(g.any()) for g in gradients.values()] if self._optional else []
         memory = self.settings.memory
         inputs = {slot.name: memory.add_into(slot, gradients[slot.name], state) for slot in self._slots}
-        dtype = next(iter(inputs.values())).dtype
-        extra = torch.cat([*(s.to(dtype) for s in segments), next(iter(inputs.values())).new_tensor(present)])
+        first = next(iter(inputs.values()))
+        extra = [*(segment.to(first.dtype) for segment in segments), first.new_tensor(present)]
         outcome = yield from self.factorise([m.oriented(inputs[m.slot.name]) for m in self.matrices], extra, state)
         inputs.clear()  # their memory is not needed to commit
         if outcome is None:
             return None
-        extra, factors = outcome
+        averaged, factors = outcome
         if any(_overflows(f, m.slot.parameter.dtype) for f, m in zip(factors, self.matrices, strict=True)):
             return None
-        used = extra[len(extra) - len(present) :].tolist() if present else [1.0] * len(gradients)
+        whole, flags = averaged.split([averaged.numel() - len(present), len(present)])
+        used = flags.tolist() if present else [1.0] * len(gradients)
 
         def commit() -> None:
-            split_into(segments, extra[: len(extra) - len(present)])
+            split_into(segments, whole)
             forget(flushed, state)
             for slot, is_used in zip(self._slots, used, strict=True):
                 if is_used:
@@ -180,20 +181,21 @@ class LowRankPlan(Plan):
         return torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
 
     def share(
-        self, extra: Tensor, factors: Tensor, state: State, phase: int
+        self, extra: Sequence[Tensor], factors: Tensor, state: State, phase: int
     ) -> Generator[Request, Tensor, tuple[Tensor, Sent] | None]:
         """Average ``extra`` exactly and ``factors`` in the wire's dtype, in one round."""
+        numel = sum(part.numel() for part in extra)
         if self.settings.wire_dtype is None:
-            payload = torch.cat([extra, factors])
+            payload = torch.cat([*extra, factors])
             yield payload
-            return payload[: len(extra)], Sent(payload[len(extra) :], factors)
+            return payload[:numel], Sent(payload[numel:], factors)
         parts = [Coded(factors, FloatCodec(self.settings.wire_dtype))]
-        if len(extra) > 0:
-            parts.append(Coded(extra, PlainCodec()))
+        if numel > 0:
+            parts.append(Coded(torch.cat(list(extra)), PlainCodec()))
         sent = yield from coded_average(parts, self._place, state.step, phase)
         if not all(all_finite(s.average) for s in sent):
             return None
-        return sent[1].average if len(extra) > 0 else extra, sent[0]
+        return sent[1].average if numel > 0 else factors[:0], sent[0]
 
     def _rank(self, matrix: Matrix, state: State) -> int:
         energy = self.settings.energy

@@ -57,8 +57,7 @@ class PowerSGD(Reducer):
             DALL-E; it needs no memory, but with a constant gradient the residual grows and what is missing never
             arrives (noise is what moves P). ``"fresh"``: a Gaussian drawn at every step.
         passes: ``"both"`` sends P and Q at every step; ``"alternate"`` one of them, in turn, at half the bytes and half
-            the rounds. It needs a warm basis, and is exact for low rank only while the gradient's rows or columns span
-            what they spanned before.
+            the rounds. It needs a warm basis. What one step misses, even of a gradient of low rank, the next delivers.
         start_step: average exactly for this many steps first.
         uncompressed: parameters to send whole besides: glob patterns of names, or a callable that is given the name and
             the parameter.

@@ -19,7 +19,7 @@ class TwoPassPlan(LowRankPlan):
     """P = M Q, orthonormalised, then Q = Mᵀ P; both averaged."""
 
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Tensor, state: State
+        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
     ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
         """See `LowRankPlan.factorise`."""
         layout = self.layout(state)
@@ -30,18 +30,18 @@ class TwoPassPlan(LowRankPlan):
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
-        extra, sent = shared
+        whole, sent = shared
 
         lefts = [p for stack in layout.stacks(sent.average, "left") for p in orthogonalize(stack)]
         payload = payload.new_empty(layout.numel("right"))
         for m, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
             torch.mm(m.mT, p, out=q)
-        shared = yield from self.share(extra[:0], payload, state, 1)
+        shared = yield from self.share([], payload, state, 1)
         if shared is None:
             return None
         rights, own = (layout.views(flat, "right") for flat in shared[1])
         following = self._following(layout.stacks(shared[1].average, "right"), before, state)
-        return extra, [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
+        return whole, [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""

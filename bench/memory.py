@@ -1,0 +1,172 @@
+"""What error feedback costs in memory: exact bytes per parameter, beside plain DDP and torch's own hook.
+
+    python -m bench.memory
+
+24 linear layers of 256 x 256 (6.3 MB), 8 buckets, 2 micro-batches a step, plain SGD, one rank, whose collectives need
+no buffers. Counted are all bytes that torch's CPU allocator hands out, from the profiler's memory events, beyond the
+parameters themselves:
+
+- live: after the optimizer's step, with the gradients still there;
+- peak: the most at any moment of that step, activations included.
+
+The profiler sees one thread, and would miss what gloo's threads give back. So nothing is left to other threads: the
+collectives of the one rank complete at once, as NCCL's seem to, and distopt's worker does its jobs where they are
+submitted.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.profiler import ProfilerActivity, profile
+
+from bench.competitors import Competitor, Distopt, Torch
+from bench.stamp import markdown, write_lines
+from distopt.comm.worker import Worker
+from tests.processes import run_ranks
+
+LAYERS, WIDTH, BATCH = 24, 256, 4
+STEPS = 8
+MARK = 12_347
+"""Bytes of a tensor that is made only to find a moment among the profiler's events; nothing else is of that size."""
+
+_VIEW = {"gradient_as_bucket_view": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A set-up to measure.
+
+    Args:
+        label: its name.
+        who: the competitor, or None for plain DDP.
+        options: of DDP.
+        bucket_mb: size of a bucket.
+    """
+
+    label: str
+    who: Competitor | None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    bucket_mb: float = 0.7
+
+
+VARIANTS = [
+    Variant("DDP", None),
+    Variant("DDP, bucket view", None, _VIEW),
+    Variant("torch's hook", Torch()),
+    Variant("torch's hook, bucket view", Torch(), _VIEW),
+    Variant("torch's hook, bucket view, one bucket", Torch(), _VIEW, 100),
+    Variant("distopt", Distopt()),
+    Variant("distopt, bucket view", Distopt(), _VIEW),
+    Variant("distopt, bucket view, one bucket", Distopt(), _VIEW, 100),
+]
+"""One line each; further settings of a reducer go into ``Distopt("its label", {"setting": value})``."""
+
+
+def main() -> None:
+    """Read the command line, measure every variant in a process of its own, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=4, help="rank of PowerSGD")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    chosen = parser.parse_args()
+    records: list[dict[str, Any]] = []
+    for variant in VARIANTS:
+        figures = run_ranks(1, measure, variant, chosen.rank)[0]
+        records.append({"variant": variant.label, "rank": chosen.rank, **figures})
+        print(records[-1], flush=True)
+    write_lines(chosen.out / "memory.jsonl", "memory", records)
+    rows = [[r["variant"], r["buckets"], f"{r['live']:.2f}", f"{r['peak']:.2f}"] for r in records]
+    table = markdown(["set-up", "buckets", "live between steps (bytes a parameter)", "peak in a step"], rows)
+    (chosen.out / "memory.md").write_text(table + "\n", encoding="utf-8")
+    print("\n" + table)
+
+
+def measure(rank: int, variant: Variant, columns: int) -> dict[str, float]:
+    """Bytes per parameter of one set-up."""
+    with on_one_thread(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        buckets = train(variant, columns)
+    totals, marks = [], []
+    for size, total in sorted_events(profiler):
+        if size == MARK:
+            marks.append(len(totals))
+        totals.append(total)
+    before, begun, ended = (totals[marks[0]], *marks[-2:])
+    parameters = LAYERS * WIDTH * WIDTH
+    peak = max(totals[begun + 1 : ended])
+    return {"buckets": buckets, "live": (totals[ended] - before) / parameters, "peak": (peak - before) / parameters}
+
+
+def sorted_events(profiler: profile) -> list[tuple[int, int]]:
+    """Bytes taken (or given back, if negative) and bytes held afterwards, in the order of time."""
+    results = profiler.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    events, rest = [], list(results.experimental_event_tree())
+    while rest:
+        event = rest.pop()
+        rest += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.total_allocated))
+    return [(size, total) for _, size, total in sorted(events, key=lambda event: event[0])]
+
+
+def train(variant: Variant, columns: int) -> int:
+    """Some steps, with a mark after the model is built and after each step; the number of buckets."""
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+    mark()
+    # Without init_sync: one of gloo's threads may be the last to hold what it broadcasts.
+    ddp = DDP(model, bucket_cap_mb=variant.bucket_mb, init_sync=False, **variant.options)
+    if variant.who is None:
+        ddp.register_comm_hook(None, noop_hook)  # plain DDP: what it averages over one rank, it leaves as it is
+    attached = variant.who and variant.who.attach(ddp, rank=columns)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
+    batch = torch.randn(BATCH, WIDTH)
+    for _ in range(STEPS):
+        with ddp.no_sync():
+            ddp(batch).square().mean().backward()
+        ddp(batch).square().mean().backward()
+        optimizer.step()
+        mark()
+        optimizer.zero_grad(set_to_none=False)
+    del attached
+    return len(ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
+
+
+def mark() -> None:
+    """Leave a trace among the profiler's events."""
+    torch.empty(MARK, dtype=torch.uint8)
+
+
+class Done:
+    """An all-reduce over one rank, which is over when it begins and leaves the tensor as it is."""
+
+    def __init__(self, tensor: Tensor, **_: Any) -> None:
+        self._future: Future[list[Tensor]] = Future()
+        self._future.set_result([tensor])
+
+    def get_future(self) -> Future[list[Tensor]]:
+        """The tensor as it is."""
+        return self._future
+
+
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Let distopt's worker and the callbacks of torch's hook run at once, where they are asked for."""
+    submit, all_reduce = Worker.submit, dist.all_reduce
+    Worker.submit = lambda self, job: job()
+    dist.all_reduce = Done
+    try:
+        yield
+    finally:
+        Worker.submit, dist.all_reduce = submit, all_reduce
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What trainers may legally do to a compressed reduction, and who survives it: ``python -m bench.robustness``."""
