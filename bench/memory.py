@@ -68,6 +68,7 @@ VARIANTS = [
     Variant("distopt", Distopt()),
     Variant("distopt, bucket view", Distopt(), _VIEW),
     Variant("distopt, bucket view, one bucket", Distopt(), _VIEW, 100),
+    Variant("distopt, bucket view, 1-6-9 residual", Distopt(options={"residual_dtype": "1-6-9"}), _VIEW),
 ]
 """One line each; further settings of a reducer go into ``Distopt("its label", {"setting": value})``."""
 

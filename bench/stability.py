@@ -44,6 +44,8 @@ VARIANTS = [
     Variant(Torch(), torch.float32),
     Variant(Distopt(), torch.bfloat16),
     Variant(Torch(), torch.bfloat16),
+    Variant(Distopt("distopt, bfloat16 residual", {"residual_dtype": torch.bfloat16}), torch.bfloat16),
+    Variant(Distopt("distopt, 1-6-9 residual", {"residual_dtype": "1-6-9"}), torch.float32),
 ]
 """One line each; further settings of a reducer go into ``Distopt("its label", {"setting": value})``."""
 

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from distopt.attach.outer import GlobalModel, Nesterov
 from distopt.attach.replicas import average, copy_from_first, named_buffers, named_parameters, persistent_buffers
+from distopt.comm.agreement import agree, describe, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.errors import RegistrationError, SettingError, StateError
 from distopt.numerics.finite import all_finite
@@ -81,6 +82,7 @@ class Periodic:
     Raises:
         SettingError: if ``every`` or ``outer`` is not allowed.
         RegistrationError: if ``torch.distributed`` is not initialised, or the model or the optimizer is not fit for it.
+        AgreementError: if the ranks have different settings or models.
 
     Example:
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -119,7 +121,8 @@ class Periodic:
         self._hook_counted = False
         with torch.no_grad():
             parameters, buffers = named_parameters(model), persistent_buffers(model)
-            copy_from_first(self._communicator, {**parameters, **buffers}, first=dist.get_rank(group) == 0)
+            self._agree({**parameters, **buffers})
+            copy_from_first(self._communicator, {**parameters, **buffers})
             parameters = {name: p for name, p in parameters.items() if p.requires_grad}
             buffers = {name: b for name, b in buffers.items() if _has_fractions(b) and all_finite(b)}
             _check_start(parameters)
@@ -200,6 +203,12 @@ class Periodic:
         if not self._since:
             with torch.no_grad():
                 self._global.restore(self._local())
+
+    def _agree(self, tensors: Mapping[str, Tensor]) -> None:
+        communicator = self._communicator
+        facts = [("every", without_addresses(self.every)), ("outer", repr(self.outer))]
+        facts += [(name, describe(tensor)) for name, tensor in tensors.items()]
+        communicator.guard("the comparison of models", agree, communicator.group, facts, "setting or tensor")
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         self._hook_counted = True

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from distopt.attach.exemptions import plain_name
 from distopt.comm.communicator import Communicator
 
 PAYLOAD_BYTES = 256 * 2**20
@@ -13,17 +14,17 @@ PAYLOAD_BYTES = 256 * 2**20
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by name, without the prefix that ``torch.compile`` gives them."""
-    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """All buffers by name, without the prefix that ``torch.compile`` gives them."""
-    return {name.replace("_orig_mod.", ""): buffer for name, buffer in model.named_buffers()}
+    return {plain_name(name): buffer for name, buffer in model.named_buffers()}
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that a checkpoint holds; the others are caches, which their modules make anew."""
-    saved = {name.replace("_orig_mod.", "") for name in model.state_dict(keep_vars=True)}
+    saved = {plain_name(name) for name in model.state_dict(keep_vars=True)}
     return {name: buffer for name, buffer in named_buffers(model).items() if name in saved}
 
 
@@ -56,25 +57,19 @@ def average(communicator: Communicator, tensors: dict[str, Tensor]) -> dict[str,
     return means
 
 
-def copy_from_first(communicator: Communicator, tensors: Mapping[str, Tensor], *, first: bool) -> None:
+def copy_from_first(communicator: Communicator, tensors: Mapping[str, Tensor]) -> None:
     """Give every rank the first one's tensors, to the bit.
-
-    Bytes are averaged as numbers, zeros from the other ranks: what comes out is the first one's over the number of
-    ranks, which rounding to a whole number undoes exactly.
 
     Args:
         communicator: the ranks.
         tensors: by name, of whatever dtype; of the same names, shapes and dtypes on every rank.
-        first: whether this rank is the one to copy from.
     """
     real = {name: as_real(tensor.detach()) for name, tensor in tensors.items() if tensor.numel()}
-    for names in _payloads(real, lambda tensor: 4 * tensor.element_size()):
-        pieces = [real[name].reshape(-1).view(torch.uint8) for name in names]
-        flat = torch.cat(pieces).float() if first else torch.zeros(sum(map(len, pieces)), device=pieces[0].device)
-        data = communicator.average_(flat).mul_(communicator.world_size).round_().to(torch.uint8)
-        for name, piece in zip(names, data.split([len(p) for p in pieces]), strict=True):
-            # The clone is aligned, as a view of wider numbers must be.
-            real[name].copy_(piece.clone().view(real[name].dtype).view(real[name].shape))
+    for names in _payloads(real, lambda tensor: tensor.element_size()):
+        flat = torch.cat([real[name].reshape(-1) for name in names])
+        communicator.broadcast_(flat)
+        for name, piece in zip(names, flat.split([real[name].numel() for name in names]), strict=True):
+            real[name].copy_(piece.view(real[name].shape))
 
 
 def _payloads(tensors: Mapping[str, Tensor], bytes_each: Callable[[Tensor], int]) -> list[list[str]]:

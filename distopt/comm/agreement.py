@@ -8,6 +8,7 @@ same point, and the group's own timeout is the deadline.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from distopt.errors import AgreementError
 from distopt.numerics.fingerprint import digest, fingerprint
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 Facts = Sequence[tuple[str, str]]
 """Ordered pairs of a name, unique among them, and what is to be the same on all ranks, as a text."""
@@ -131,6 +134,16 @@ class StepCheck:
             by_rank = _gather_objects(self._group, (self._settings, step))
             raise _step_difference(by_rank) or _unexplained("step")
         return sum(row[3] == 0 for row in rows) if forwards else 0
+
+
+def without_addresses(value: object) -> str:
+    """The representation of a value without the addresses of objects, which differ between processes.
+
+    Example:
+        >>> without_addresses(print), "0x" in without_addresses(lambda: 0)
+        ('<built-in function print>', False)
+    """
+    return _ADDRESS.sub("", repr(value))
 
 
 def describe(tensor: Tensor) -> str:

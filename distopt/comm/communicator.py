@@ -91,29 +91,36 @@ class Communicator:
         """
         tensor.mul_(1.0 / self.world_size)
         wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        self.guard("an all-reduce", lambda: dist.all_reduce(wire, group=self.group))  # type: ignore[reportUnknownLambdaType]
+        self.guard("an all-reduce", dist.all_reduce, wire, group=self.group)
         self._count(tensor)
         return tensor
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by the first rank's, to the bit; contiguous, of any dtype. Not counted."""
+        wire = tensor.view(-1).view(torch.uint8)
+        self.guard("a broadcast", dist.broadcast, wire, src=self.ranks[0], group=self.group)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Give what every rank has, in the order of ranks; anything that pickles. For what is rare and small."""
         values: list[Any] = [None] * self.world_size
-        self.guard("an all-gather", lambda: dist.all_gather_object(values, value, group=self.group))
+        self.guard("an all-gather", dist.all_gather_object, values, value, group=self.group)
         return values
 
-    def guard(self, what: str, collective: Callable[[], Any]) -> None:
+    def guard(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a collective; if it fails, find out why.
 
         Args:
             what: what it is, for the message.
-            collective: calls it, on this communicator's group.
+            collective: what to call, on this communicator's group.
+            args: what it is given.
+            kwargs: by name.
 
         Raises:
             PeerLostError: on every rank, with the rank that is to blame. The group is of no use any more.
         """
         self._witness.begin(self.step)
         try:
-            collective()
+            return collective(*args, **kwargs)
         except RuntimeError as error:
             if isinstance(error, DistoptError):
                 raise
@@ -121,16 +128,17 @@ class Communicator:
 
     def _swap(self, rows: Tensor) -> Tensor:
         answer = torch.empty_like(rows)
-        self.guard("an all-to-all", lambda: dist.all_to_all_single(answer, rows, group=self.group))  # type: ignore[reportUnknownLambdaType]
+        self.guard("an all-to-all", dist.all_to_all_single, answer, rows, group=self.group)
         self._count(rows)
         return answer
 
     def _gather(self, request: Gather) -> Tensor:
         tensor = request.tensor
         answer = tensor.new_empty((self.world_size, *tensor.shape))
-        # Its new name, all_gather_single, is not there before torch 2.13.
-        gather = cast(Callable[..., object], getattr(dist, "all_gather_into_tensor"))  # noqa: B009
-        self.guard("an all-gather", lambda: gather(answer, tensor, group=self.group))
+        # all_gather_into_tensor is called all_gather_single from torch 2.13 on; gloo takes one dimension only.
+        name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+        gather = cast(Callable[..., object], getattr(dist, name))
+        self.guard("an all-gather", gather, answer.view(-1), tensor.reshape(-1), group=self.group)
         if not request.returning:
             self._count(tensor)
         return answer
