@@ -7,6 +7,7 @@ rank do not grow with the number of ranks.
 Source: the two phases of 1-bit Adam, Tang et al. 2021 (arXiv:2102.02888), section 5, with one residual instead of two.
 """
 
+import math
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from distopt.comm.requests import Gather, Request, Swap
 from distopt.numerics.codecs import Codec
+from distopt.numerics.finite import all_finite
 from distopt.numerics.gaussian import seeded_generator
 from distopt.reducers.reducer import Place
 
@@ -43,7 +45,8 @@ def coded_average(parts: Sequence[Coded], place: Place, *key: int | str) -> Gene
     """Average tensors that travel coded; one round, whatever their number.
 
     The owner's second rounding is taken off its own share, so that nothing is lost: the shares of all ranks average to
-    what was delivered.
+    what was delivered. Where that share, or what the owner would have to keep, is beyond the range of its dtype, the
+    average is NaN: the other ranks must know of it.
 
     Args:
         parts: not empty, float32 or float64, at least one number in all.
@@ -54,35 +57,53 @@ def coded_average(parts: Sequence[Coded], place: Place, *key: int | str) -> Gene
         One `Sent` a part. It holds NaN or infinities wherever an input did.
     """
     world = place.world_size
-    generator = seeded_generator(*key, place.rank)
+    generator = _generator_on(parts[0].tensor.device, *key, place.rank)
     rows = [_rows(part.tensor, world) for part in parts]
     codes = [part.codec.encode(r, generator) for part, r in zip(parts, rows, strict=True)]
     sizes = [code.shape[1] for code in codes]
 
     answer = yield Swap(torch.cat(codes, dim=1))
-    means = [_mean(code, part, r) for part, r, code in zip(parts, rows, answer.split(sizes, dim=1), strict=True)]
-    back = [part.codec.encode(mean[None], generator) for part, mean in zip(parts, means, strict=True)]
-    answer = yield Gather(torch.cat(back, dim=1)[0], returning=True)
+    owned = [
+        _average_owned(part.codec, code, r, place, generator)
+        for part, code, r in zip(parts, answer.split(sizes, dim=1), rows, strict=True)
+    ]
+    answer = yield Gather(torch.cat([back for back, _ in owned], dim=1)[0], returning=True)
 
     result: list[Sent] = []
-    for part, r, code, mean, back_code in zip(parts, rows, codes, means, answer.split(sizes, dim=1), strict=True):
-        average = part.codec.decode(back_code, r.shape[1], r.dtype)
+    for part, r, code, (_, share), back in zip(parts, rows, codes, owned, answer.split(sizes, dim=1), strict=True):
+        average = part.codec.decode(back, r.shape[1], r.dtype)
         own = part.codec.decode(code, r.shape[1], r.dtype)
-        own[place.rank] += world * (average[place.rank] - mean)
+        own[place.rank] = share
         numel = part.tensor.numel()
         result.append(Sent(average.flatten()[:numel], own.flatten()[:numel]))
     return result
 
 
-def _mean(codes: Tensor, part: Coded, rows: Tensor) -> Tensor:
-    decoded = part.codec.decode(codes, rows.shape[1], rows.dtype)
-    total = decoded[0]
+def _average_owned(
+    codec: Codec, codes: Tensor, rows: Tensor, place: Place, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What all ranks sent of the row that this one owns: the code of its average, and this rank's share in that."""
+    world, columns = rows.shape
+    decoded = codec.decode(codes, columns, rows.dtype)
+    # Smaller by a power of two, which costs no bit, so that the sum stays within range.
+    down = 2.0 ** -(world - 1).bit_length()
+    total = decoded[0] * down
     for row in decoded[1:]:  # in the order of ranks, so that no backend's habits matter
-        total = total + row
-    return total / len(decoded)
+        total.add_(row, alpha=down)
+    mean = total.div_(world * down)
+    back = codec.encode(mean[None], generator)
+    share = (codec.decode(back, columns, rows.dtype)[0] - mean).mul_(world).add_(decoded[place.rank])
+    if not (all_finite(share) and all_finite(rows[place.rank] - share)):
+        back = codec.encode(torch.full_like(mean, math.nan)[None], generator)
+    return back, share
 
 
 def _rows(tensor: Tensor, world: int) -> Tensor:
     """The tensor cut into as many equal rows as there are ranks, filled up with zeros."""
     missing = -tensor.numel() % world
-    return torch.nn.functional.pad(tensor, (0, missing)).view(world, -1)
+    return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(world, -1)
+
+
+def _generator_on(device: torch.device, *key: int | str) -> torch.Generator:
+    generator = seeded_generator(*key)
+    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())

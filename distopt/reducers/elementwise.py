@@ -8,6 +8,7 @@ from distopt.comm.requests import Request
 from distopt.numerics.codecs import Codec
 from distopt.reducers.coded import Coded, Sent, coded_average
 from distopt.reducers.feedback import FeedbackPlan
+from distopt.reducers.memory import working_dtype
 from distopt.reducers.reducer import Place, Slot, State
 
 
@@ -43,4 +44,4 @@ class CodedPlan(FeedbackPlan):
     def bytes_of(self, slot: Slot) -> int:
         """See `FeedbackPlan.bytes_of`."""
         world = self.place.world_size
-        return world * self._codec.nbytes(-(-slot.parameter.numel() // world))
+        return world * self._codec.nbytes(-(-slot.parameter.numel() // world), working_dtype(slot))

@@ -63,27 +63,28 @@ class FeedbackPlan(Plan):
         gradients = [bucket.gradients[i] for i in self._chosen]
         segments = [bucket.segments[i] for i in self._whole]
         flushed = flush(self._whole_slots, [bucket.gradients[i] for i in self._whole], state)
-        present = [float(g.any()) for g in gradients] if self._optional else []
-        whole = _payload(segments, present)
+        present = torch.stack([g.any() for g in gradients]).to(gradients[0].dtype) if self._optional else None
+        whole = _payload([*segments, *([] if present is None else [present])])
         if whole is not None:
             whole = yield whole
-        norms = [float(torch.linalg.vector_norm(g.float())) if state.figures is not None else 0.0 for g in gradients]
+        norms = [_norm(g) if state.figures is not None else 0.0 for g in gradients]
         sent: Sequence[Sent] = []
         if self._slots:
             pairs = zip(self._slots, gradients, strict=True)
             inputs = [self._memory.add_into(slot, gradient, state) for slot, gradient in pairs]
-            if not all(all_finite(tensor) for tensor in inputs):
+            if not _finite(inputs):
                 # What is sent may leave the bad number out: it must show wherever one looks.
                 inputs = [torch.full_like(tensor, math.nan) for tensor in inputs]
             sent = yield from self.compress(self._slots, inputs, state)
         averages = [s.average.to(g.dtype) for s, g in zip(sent, gradients, strict=True)]
-        if not all(all_finite(average) for average in averages):
+        if not _finite(averages):
             return None
-        used = whole[-len(present) :].tolist() if present and whole is not None else [1.0] * len(gradients)
+        count = 0 if present is None else len(present)
+        used = whole[len(whole) - count :].tolist() if count and whole is not None else [1.0] * len(gradients)
 
         def commit() -> None:
             if whole is not None:
-                split_into(segments, whole[: whole.numel() - len(present)])
+                split_into(segments, whole[: len(whole) - count])
             forget(flushed, state)
             for i, slot in enumerate(self._slots):
                 if used[i]:
@@ -105,7 +106,7 @@ class FeedbackPlan(Plan):
 
     def _commit(self, slot: Slot, gradient: Tensor, sent: Sent, average: Tensor, norm: float, state: State) -> None:
         error = self._memory.input_again(slot, gradient, state)
-        input_norm = float(torch.linalg.vector_norm(error)) if state.figures is not None else 0.0
+        input_norm = _norm(error) if state.figures is not None else 0.0
         error.sub_(sent.own)
         if average.dtype != sent.average.dtype:
             error.add_(sent.average - average)
@@ -113,18 +114,24 @@ class FeedbackPlan(Plan):
         self._memory.keep(slot, error, state)
         if state.figures is not None:
             raw = slot.parameter.numel() * slot.parameter.element_size()
-            residual_norm = float(torch.linalg.vector_norm(error))
-            state.figures[slot.name] = Figures(norm, input_norm, residual_norm, raw, self.bytes_of(slot))
+            state.figures[slot.name] = Figures(norm, input_norm, _norm(error), raw, self.bytes_of(slot))
 
     def _bytes(self) -> tuple[int, int]:
         raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
         return raw, sum(self.bytes_of(slot) for slot in self._slots)
 
 
-def _payload(segments: Sequence[Tensor], present: Sequence[float]) -> Tensor | None:
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _payload(parts: Sequence[Tensor]) -> Tensor | None:
     """What is averaged exactly: gradients sent whole, and which gradients there are at all."""
-    parts = list(segments)
-    if present:
-        parts.append(torch.tensor(present))
-    whole = torch.cat(parts) if parts else None
-    return whole if whole is not None and whole.numel() > 0 else None
+    whole = torch.cat(list(parts)) if parts else None
+    return whole if whole is not None and len(whole) > 0 else None
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are; on an accelerator the host waits once, not once a tensor."""
+    sums = [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return not sums or all_finite(torch.stack(sums)) or all(all_finite(tensor) for tensor in tensors)

@@ -55,8 +55,8 @@ class Hierarchical(Reducer):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, AllReduce):
             raise SettingError("Hierarchical.inner", self.inner, "AllReduce()")
-        if not isinstance(cast(object, self.outer), Reducer) or isinstance(self.outer, Hierarchical):
-            raise SettingError("Hierarchical.outer", self.outer, "a reducer other than Hierarchical")
+        if not isinstance(cast(object, self.outer), Reducer) or _divides(self.outer):
+            raise SettingError("Hierarchical.outer", self.outer, "a reducer without Hierarchical in it")
         if self.ranks_per_node is not None and (not is_integer(self.ranks_per_node) or self.ranks_per_node < 1):
             raise SettingError("Hierarchical.ranks_per_node", self.ranks_per_node, "None or an integer of at least 1")
 
@@ -67,7 +67,7 @@ class Hierarchical(Reducer):
         between = Place(place.rank // size, place.world_size // size)
         mine = [i for i, owner in enumerate(owners) if owner == place.rank % size]
         outer = self.outer.plan([slots[i] for i in mine], between) if mine else None
-        return _HierarchicalPlan(outer, mine, owners, size)
+        return _HierarchicalPlan(outer, [slot.name for slot in slots], mine, owners, size)
 
     def parts(self, world_size: int) -> Mapping[str, Sequence[Sequence[int]]]:
         """See `Reducer.parts`."""
@@ -76,7 +76,7 @@ class Hierarchical(Reducer):
         return {INSIDE: nodes, BETWEEN: [tuple(range(first, world_size, size)) for first in range(size)]}
 
     def _node_size(self, world_size: int) -> int:
-        size = self.ranks_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        size = self.ranks_per_node or _local_world_size(world_size)
         if world_size % size != 0:
             raise SettingError("Hierarchical.ranks_per_node", size, f"a divisor of the world size {world_size}")
         return size
@@ -87,13 +87,18 @@ class _HierarchicalPlan(Plan):
 
     Args:
         outer: for the slots that this rank takes care of; ``None`` if there are none in this bucket.
+        names: of all slots of the bucket.
         mine: places of these slots in the bucket.
         owners: which rank of a node takes care of each slot.
         size: ranks of a node.
     """
 
-    def __init__(self, outer: Plan | None, mine: Sequence[int], owners: Sequence[int], size: int) -> None:
+    def __init__(
+        self, outer: Plan | None, names: Sequence[str], mine: Sequence[int], owners: Sequence[int], size: int
+    ) -> None:
         self._outer = outer
+        self._names = names
+        self._my_names = [names[i] for i in mine]
         self._mine = mine
         self._owners = owners
         self._size = size
@@ -123,7 +128,7 @@ class _HierarchicalPlan(Plan):
         def commit() -> None:
             for segment, part in zip(bucket.segments, parts, strict=True):
                 segment.copy_(part)
-            for name in self.residual_shapes():
+            for name in self._names:  # those of the others are in their care
                 state.residuals.pop(name, None)
             state.residuals.update(scratch.residuals)
             state.factors.update(scratch.factors)
@@ -153,7 +158,7 @@ class _HierarchicalPlan(Plan):
         return parts
 
     def _scratch(self, state: State) -> State:
-        residuals = {n: clone(r) for n in self.residual_shapes() if (r := state.residuals.get(n)) is not None}
+        residuals = {n: clone(r) for n in self._my_names if (r := state.residuals.get(n)) is not None}
         factors = {n: f for n in self.factor_shapes() if (f := state.factors.get(n)) is not None}
         return State(state.step, residuals, factors, state.figures)
 
@@ -169,6 +174,21 @@ class _HierarchicalPlan(Plan):
         """See `Plan.prepare`."""
         if self._outer is not None:
             self._outer.prepare(state)
+
+
+def _divides(reducer: Reducer) -> bool:
+    """Whether a reducer divides the ranks into groups."""
+    try:
+        return bool(reducer.parts(1))
+    except SettingError:
+        return True
+
+
+def _local_world_size(world_size: int) -> int:
+    text = os.environ.get("LOCAL_WORLD_SIZE", str(world_size))
+    if not text.isdecimal() or int(text) < 1:
+        raise SettingError("LOCAL_WORLD_SIZE", text, "the number of ranks on this node")
+    return int(text)
 
 
 def _between(reduction: Reduction) -> Generator[Request, Tensor, Proposal | None]:

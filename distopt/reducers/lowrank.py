@@ -252,4 +252,4 @@ def _norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

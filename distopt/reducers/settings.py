@@ -16,3 +16,8 @@ def is_number(value: object) -> bool:
 def is_fraction(value: object) -> bool:
     """Whether ``value`` is a number in (0, 1]."""
     return is_number(value) and 0 < value <= 1  # type: ignore[reportOperatorIssue]
+
+
+def count_of(fraction: float, numel: int) -> int:
+    """How many numbers a fraction of ``numel`` is: to the nearest, at least one."""
+    return max(1, round(fraction * numel))

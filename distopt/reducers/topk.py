@@ -12,7 +12,7 @@ from distopt.reducers.coded import Sent
 from distopt.reducers.feedback import FeedbackPlan
 from distopt.reducers.memory import is_compressible
 from distopt.reducers.reducer import Place, Plan, Reducer, Slot, State
-from distopt.reducers.settings import is_fraction
+from distopt.reducers.settings import count_of, is_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ class TopK(Reducer):
 
 class _TopKPlan(FeedbackPlan):
     def __init__(self, slots: Sequence[Slot], place: Place, fraction: float) -> None:
-        super().__init__(slots, [is_compressible(slot) for slot in slots], place)
+        # Indices travel in 32 bits.
+        super().__init__(slots, [is_compressible(s) and s.parameter.numel() < 2**31 for s in slots], place)
         self._fraction = fraction
 
     def compress(
@@ -56,19 +57,21 @@ class _TopKPlan(FeedbackPlan):
     ) -> Generator[Request, Tensor, Sequence[Sent]]:
         flats = [tensor.flatten() for tensor in inputs]
         counts = [self._count(slot) for slot in slots]
-        indices = [flat.abs().topk(count).indices for flat, count in zip(flats, counts, strict=True)]
+        indices = [flat.abs().topk(count, sorted=False).indices for flat, count in zip(flats, counts, strict=True)]
         values = torch.cat([flat[index] for flat, index in zip(flats, indices, strict=True)])
         message = torch.cat([values.view(torch.int32), torch.cat(indices).to(torch.int32)])
         answer = yield Gather(message)
 
         wide = values.element_size() // 4
-        numbers = answer[:, : wide * sum(counts)].contiguous().view(values.dtype).split(counts, dim=1)
-        places = answer[:, wide * sum(counts) :].long().split(counts, dim=1)
+        found, where = answer.split([wide * sum(counts), sum(counts)], dim=1)
+        # A copy, as a view of wider numbers must be aligned.
+        numbers = found.clone(memory_format=torch.contiguous_format).view(values.dtype).split(counts, dim=1)
+        places = where.long().split(counts, dim=1)
         sent: list[Sent] = []
         for tensor, flat, number, place in zip(inputs, flats, numbers, places, strict=True):
             average = torch.zeros_like(flat)
-            for theirs, where in zip(number, place, strict=True):  # no index twice in a row: no order to get wrong
-                average[where] += theirs / len(number)
+            for theirs, where in zip(number / len(number), place, strict=True):
+                average[where] += theirs  # no index twice in a row: no order to get wrong
             own = torch.zeros_like(flat)
             mine = place[self.place.rank]
             own[mine] = flat[mine]
@@ -80,4 +83,4 @@ class _TopKPlan(FeedbackPlan):
         return self._count(slot) * (number + 4)
 
     def _count(self, slot: Slot) -> int:
-        return max(1, round(self._fraction * slot.parameter.numel()))
+        return count_of(self._fraction, slot.parameter.numel())
