@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distopt.errors import RegistrationError as RegistrationError
     from distopt.errors import SettingError as SettingError
     from distopt.errors import StateError as StateError
+    from distopt.monitor.tensorboard import log_to_tensorboard as log_to_tensorboard
     from distopt.reducers.allreduce import AllReduce as AllReduce
     from distopt.reducers.byname import ByName as ByName
     from distopt.reducers.cast import Cast as Cast
@@ -47,6 +48,7 @@ _HOMES = {
     "RegistrationError": "distopt.errors",
     "SettingError": "distopt.errors",
     "StateError": "distopt.errors",
+    "log_to_tensorboard": "distopt.monitor.tensorboard",
     "AllReduce": "distopt.reducers.allreduce",
     "ByName": "distopt.reducers.byname",
     "Cast": "distopt.reducers.cast",

@@ -13,7 +13,7 @@ import pytest
 import distopt
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
+ORDER = ["errors", "numerics", "comm", "reducers", "attach", "monitor"]
 PUBLIC = [
     "AgreementError",
     "AllReduce",
@@ -37,6 +37,7 @@ PUBLIC = [
     "StateError",
     "Stats",
     "TopK",
+    "log_to_tensorboard",
     "register",
 ]
 MODULES = sorted((ROOT / "distopt").rglob("*.py"))

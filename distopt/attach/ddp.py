@@ -49,6 +49,8 @@ class DDPAttachment:
         engine: carries out the steps.
     """
 
+    fused = False
+
     def __init__(self, model: DistributedDataParallel, engine: Engine) -> None:
         self._names = {id(parameter): plain_name(name) for name, parameter in model.module.named_parameters()}
         self._engine = engine
@@ -57,6 +59,7 @@ class DDPAttachment:
         model.register_forward_pre_hook(self._count_forward)
         self._worker = Worker("distopt-ddp")
         self._step: _Step | None = None
+        self._error: Exception | None = None
         self._layout: list[list[str]] = []
         self._kept: tuple[list[tuple[str, ...]], int] = ([], 0)
 
@@ -70,6 +73,7 @@ class DDPAttachment:
 
     def keep_layout(self, layout: Sequence[Sequence[str]]) -> None:
         """See `Attachment.keep_layout`."""
+        self._layout = [list(names) for names in layout]
         self._kept = ([tuple(names) for names in layout], STEPS_TO_SETTLE if layout else 0)
 
     def reduce(self) -> bool:
@@ -91,9 +95,13 @@ class DDPAttachment:
         }
         ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
         first, last = bucket.index() == 0, bucket.is_last()
-        forwards = self._forwards
+        # Outside of a backward pass it is ``Join`` that calls, for a rank that has run out of inputs.
+        in_backward = torch._C._current_graph_task_id() >= 0  # pyright: ignore
+        forwards = self._forwards if in_backward else 0
         if last:
             self._forwards = 0
+        if last and in_backward:
+            torch.autograd.Variable._execution_engine.queue_callback(self._raise)  # pyright: ignore
 
         def job() -> None:
             if ready is not None:
@@ -112,11 +120,21 @@ class DDPAttachment:
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._forwards += 1
 
+    @property
+    def _joining(self) -> bool:
+        return bool(self._model._join_config.enable)  # pyright: ignore[reportPrivateUsage]
+
+    def _raise(self) -> None:
+        """Raise what went wrong in this backward pass: DDP, which asks next, would make a RuntimeError of it."""
+        self.settle()
+        if self._error is not None:
+            raise self._error
+
     def _begin(self, names: tuple[str, ...], forwards: int) -> _Step:
         kept, steps = self._kept
         self._kept = (kept, max(0, steps - 1))
         self._step = step = _Step(list(kept) if steps else None)
-        self._guarded(step, lambda: self._engine.begin(names, forwards))
+        self._guarded(step, lambda: self._engine.begin(names, forwards, joining=self._joining))
         return step
 
     def _guarded(self, step: _Step, act: Callable[[], None]) -> None:
@@ -163,7 +181,7 @@ class DDPAttachment:
                 buffer.mul_(world_size / (world_size - self._engine.joined))
 
     def _release(self, step: _Step) -> None:
-        self._step = None
+        self._step, self._error = None, step.error
         for future, buffer in step.waiting:
             if step.error is None:
                 future.set_result(buffer)

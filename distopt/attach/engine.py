@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from distopt.attach.transaction import Transaction
-from distopt.comm.agreement import Step, StepCheck, agree, describe, drift
+from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.errors import SettingError
 from distopt.numerics.storage import Packed, Stored, pack, unpack
@@ -18,8 +17,6 @@ from distopt.reducers.allreduce import AllReducePlan
 from distopt.reducers.memory import storage_of
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Reducer, Slot, State
 from distopt.reducers.settings import is_number
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 @dataclasses.dataclass
@@ -48,7 +45,7 @@ class Watch:
     agreement: bool = True
     check_replicas_every: int = 1000
     every: int = 100
-    residual_bound: float = 1000.0
+    residual_bound: float = 100.0
 
     def __post_init__(self) -> None:
         if self.check_replicas_every < 0:
@@ -88,6 +85,7 @@ class Engine:
         self.communicator: Communicator
         """Set by `connect`."""
         self._step_check: StepCheck
+        self._parts: Mapping[str, Sequence[Sequence[int]]] = {}
         self._sent_before = 0
         self._watch = watch
         self._warned: set[str] = set()
@@ -104,29 +102,49 @@ class Engine:
         """Begin to talk, once all ranks are known to have the same parameters and settings. Collective."""
         self.communicator = communicator
         facts = [(name, describe(slot.parameter)) for name, slot in self.slots.items()]
-        communicator.guard("the comparison of parameters", lambda: agree(communicator.group, facts, "parameter"))
+        communicator.guard("the comparison of parameters", agree, communicator.group, facts, "parameter")
         self._step_check = StepCheck(communicator.group)
+        self.pause(False)
         self._settle_on(self.reducer)
 
-    def use(self, reducer: Reducer) -> None:
-        """Go on with another reducer, which takes up what this one left. Collective."""
+    def use(self, reducer: Reducer) -> bool:
+        """Go on with another reducer. Collective.
+
+        Returns:
+            Whether other ranks have to keep the state from now on.
+        """
         self.check(reducer, self.communicator.world_size)
+        before = self._parts
         self._settle_on(reducer)
+        return self._parts != before
 
     def _settle_on(self, reducer: Reducer) -> None:
-        communicator, facts = self.communicator, [("reducer", _ADDRESS.sub("", repr(reducer)))]
-        communicator.guard("the comparison of settings", lambda: agree(communicator.group, facts, "setting"))
+        communicator, facts = self.communicator, [("reducer", without_addresses(reducer))]
+        communicator.guard("the comparison of settings", agree, communicator.group, facts, "setting")
         self.reducer = reducer
         self._plans.clear()
-        communicator.divide(reducer.parts(communicator.world_size))
+        parts = reducer.parts(communicator.world_size)
+        if parts != self._parts:
+            self._parts = parts
+            communicator.divide(parts)
+
+    @property
+    def divided(self) -> bool:
+        """Whether ranks share the parameters between them, so that each keeps the state of some only."""
+        return bool(self._parts)
+
+    def pause(self, paused: bool) -> None:
+        """See `Registration.pause`."""
+        self.paused = paused
+        self._step_check.restate([("paused", str(paused))])
 
     def check_replicas(self) -> None:
         """See `Registration.check_replicas`."""
         communicator = self.communicator
         tensors = {name: slot.parameter.detach() for name, slot in self.slots.items()}
-        if not self.reducer.parts(communicator.world_size):
+        if not self.divided:
             tensors |= {f"the factor of {name}": _bits(factor) for name, factor in self.state.factors.items()}
-        communicator.guard("the comparison of replicas", lambda: drift(communicator.group, tensors))
+        communicator.guard("the comparison of replicas", drift, communicator.group, tensors)
 
     def prepare(self, state: State) -> None:
         """Put everything that this rank will keep into ``state``, where it is missing."""
@@ -136,7 +154,7 @@ class Engine:
     def shapes(self) -> tuple[dict[str, Sequence[int]], dict[str, Sequence[int]]]:
         """Shapes of the residuals and of the factors that any rank keeps, by name; -1 for what varies."""
         world = self.communicator.world_size
-        places = [Place(rank, world) for rank in range(world)] if self.reducer.parts(world) else [self._place]
+        places = [Place(rank, world) for rank in range(world)] if self.divided else [self._place]
         residuals: dict[str, Sequence[int]] = {}
         factors: dict[str, Sequence[int]] = {}
         for slot in self.slots.values():
@@ -151,17 +169,23 @@ class Engine:
         self.state = state or State()
         self.loss_scale = 1.0
 
-    def begin(self, names: tuple[str, ...], forwards: int = 0) -> None:
+    def begin(self, names: tuple[str, ...], forwards: int = 0, *, joining: bool = False) -> None:
         """Open a step, once all ranks are known to do the same.
 
         Args:
             names: the parameters that it begins with.
             forwards: forward passes since the last step; 0 if that is not known.
+            joining: whether ranks may run out of inputs, so that they have to be counted.
         """
         self.communicator.step = self.tally.steps
-        if self._watch.agreement:
-            self._compare(Step(self.tally.steps, (f"paused: {self.paused}", *names), forwards))
-        self._rescale(self._next_loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale())
+        if self._watch.agreement or joining:
+            step = Step(self.tally.steps, names, forwards)
+            self.joined = self.communicator.guard("the comparison of steps", self._step_check, step)
+        every = self._watch.check_replicas_every
+        # A rank that has joined takes no optimizer steps: it is given the others' parameters in the end.
+        if every > 0 and self.tally.steps % every == 0 and self.joined == 0:
+            self.check_replicas()
+        self.follow_loss_scale()
         measured = self._watch.every > 0 and self.state.step % self._watch.every == 0 and not self.paused
         self.state.figures = {} if measured else None
         self._transaction = Transaction(self.communicator)
@@ -200,13 +224,13 @@ class Engine:
             raise SettingError("loss_scale", loss_scale, "a finite number above 0")
         self._next_loss_scale = loss_scale
 
-    def _rescale(self, loss_scale: float) -> None:
-        """Express the residuals in units of another loss scale."""
-        if loss_scale == self.loss_scale:
-            return
-        ratio = loss_scale / self.loss_scale
-        self.state.residuals = {name: _times(kept, ratio) for name, kept in self.state.residuals.items()}
-        self.loss_scale = loss_scale
+    def follow_loss_scale(self) -> None:
+        """Express the residuals in units of the loss scale at present."""
+        loss_scale = self._next_loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale()
+        if loss_scale != self.loss_scale:
+            ratio = loss_scale / self.loss_scale
+            self.state.residuals = {name: _times(kept, ratio) for name, kept in self.state.residuals.items()}
+            self.loss_scale = loss_scale
 
     @property
     def _place(self) -> Place:
@@ -220,22 +244,14 @@ class Engine:
             plan = self._plans[names] = self.reducer.plan([self.slots[name] for name in names], self._place)
         return plan
 
-    def _compare(self, step: Step) -> None:
-        def check() -> None:
-            self.joined = self._step_check(step)
-
-        self.communicator.guard("the comparison of steps", check)
-        every = self._watch.check_replicas_every
-        if every > 0 and self.tally.steps % every == 0:
-            self.check_replicas()
-
     def _look(self) -> None:
         """Keep the figures of a measured step, and warn of residuals that have grown too large."""
         if self.state.figures is None:
             return
         self.figures, self.state.figures = self.state.figures, None
         for name, figures in self.figures.items():
-            if figures.residual_ratio > self._watch.residual_bound and name not in self._warned:
+            grown = 0 < figures.gradient_norm * self._watch.residual_bound < figures.residual_norm
+            if grown and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
                     f"the residual of {name!r} is {figures.residual_ratio:.3g} times its gradient, beyond the bound of "

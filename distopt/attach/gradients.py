@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distopt.attach.engine import Engine
 from distopt.attach.exemptions import is_exempt_by_name, plain_name
+from distopt.attach.transaction import spoil
 from distopt.errors import RegistrationError
 from distopt.reducers.reducer import Slot
 
@@ -23,6 +24,8 @@ class GradientsAttachment:
         engine: carries out the steps.
     """
 
+    fused = False
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._layout: list[list[str]] = []
@@ -36,31 +39,33 @@ class GradientsAttachment:
 
     def keep_layout(self, layout: Sequence[Sequence[str]]) -> None:
         """See `Attachment.keep_layout`: ours never changes but with the gradients that there are."""
+        self._layout = [list(names) for names in layout]
 
     def reduce(self) -> bool:
         """See `Registration.reduce`."""
+        self._engine.begin(tuple(self._engine.slots))
         slots = self._present()
         buckets = _buckets(slots)
         self._layout = [[slot.name for slot in bucket] for bucket in buckets]
-        self._engine.begin(tuple(slot.name for slot in slots))
         for bucket in buckets:
             gradients = [_gradient(slot) for slot in bucket]
             self._engine.propose(tuple(slot.name for slot in bucket), gradients, [_segment(g) for g in gradients], None)
         taken = self._engine.finish()
         if not taken:
-            for slot in slots:
-                _gradient(slot).fill_(float("nan"))
+            self._drop(slots)
         return taken
+
+    def _drop(self, slots: Sequence[Slot]) -> None:
+        spoil(_gradient(slot) for slot in slots)
 
     def _present(self) -> list[Slot]:
         """The parameters that have a gradient on any rank; where this one has none, it gets one of zeros."""
-        slots = [slot for slot in self._engine.slots.values() if slot.parameter.requires_grad]
-        if not slots:
-            return []
-        for slot in slots:
-            gradient = slot.parameter.grad
-            if gradient is not None and gradient.is_sparse:
-                raise RegistrationError(f"the gradient of {slot.name!r} is sparse, which cannot be reduced")
+        slots = list(self._engine.slots.values())
+        sparse = next(
+            (slot.name for slot in slots if slot.parameter.grad is not None and slot.parameter.grad.is_sparse), None
+        )
+        if sparse is not None:
+            raise RegistrationError(f"the gradient of {sparse!r} is sparse, which cannot be reduced")
         here = [float(slot.parameter.grad is not None) for slot in slots]
         anywhere = self._engine.communicator.average_(torch.tensor(here, device=slots[0].parameter.device))
         present = [slot for slot, share in zip(slots, anywhere.tolist(), strict=True) if share > 0]
@@ -124,8 +129,9 @@ def _gradient(slot: Slot) -> Tensor:
 
 
 def _segment(gradient: Tensor) -> Tensor:
-    """The memory of a dense tensor as one dimension."""
-    return gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
+    """The memory of a dense tensor as one dimension, complex numbers as pairs of real ones."""
+    flat = gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
+    return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 def _lies_like(gradient: Tensor, parameter: Tensor) -> bool:

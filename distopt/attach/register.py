@@ -9,6 +9,8 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from distopt.attach.accumulating import AccumulatingAttachment, check_fusible
+from distopt.attach.compiled import CompiledDDPAttachment
 from distopt.attach.ddp import DDPAttachment
 from distopt.attach.engine import Engine, Watch
 from distopt.attach.exemptions import exempt_names, plain_name
@@ -27,17 +29,21 @@ def register(
     *,
     process_group: dist.ProcessGroup | None = None,
     grad_scaler: GradScaler | None = None,
+    accumulate: bool = False,
     timeout: timedelta | None = None,
     agreement: bool = True,
     check_replicas_every: int = 1000,
     measure_every: int = 100,
-    residual_bound: float = 1000.0,
+    residual_bound: float = 100.0,
 ) -> Registration:
     """Let ``reducer`` average a model's gradients from now on. Collective: every rank calls it at the same point.
 
     On a ``DistributedDataParallel`` model it takes the place of DDP's own averaging, in the communication hook that DDP
     has for this; the training loop stays as it is. Given parameters instead, for trainers that wrap nothing, it
     averages their ``.grad`` when `Registration.reduce` is called, after ``backward``.
+
+    A model wrapped under ``torch._dynamo.config.optimize_ddp = "python_reducer"`` is reduced when backward is over;
+    compiled autograd besides is refused by then.
 
     If a gradient is not finite on one rank, every gradient of that step becomes NaN on all ranks, and neither
     residuals nor factors change: a ``GradScaler``, or any check of the gradient's norm, then skips the same step on
@@ -52,6 +58,10 @@ def register(
             group of the same ranks.
         grad_scaler: the ``torch.amp.GradScaler`` that multiplies the loss, so that residuals keep their meaning when
             its scale changes.
+        accumulate: for a list of parameters: add every gradient to its residual as soon as backward has it, and free
+            its ``.grad`` until `Registration.reduce`, so that error feedback takes no memory of its own while
+            activations are alive. A step that is dropped then delays its gradients, those that are finite, instead of
+            losing them. Clip after `Registration.reduce`.
         timeout: how long a collective may take; as long as the backend sees fit if ``None``.
         agreement: whether ranks compare step, buckets and number of forward passes before each reduction, for the price
             of one all-gather of four numbers.
@@ -66,7 +76,7 @@ def register(
 
     Raises:
         RegistrationError: if ``torch.distributed`` is not initialised, or if a model is not DDP, has sparse gradients,
-            or has a communication hook already.
+            has a communication hook already, or if ``accumulate`` does not go with what was given.
         SettingError: if ``reducer`` is none, or asks something impossible of a parameter.
         AgreementError: if the ranks have different parameters or settings; later on, out of ``backward``, if they do
             different things, or their parameters have drifted apart. It names the rank.
@@ -83,19 +93,34 @@ def register(
     """
     if not isinstance(cast(object, reducer), Reducer):
         raise SettingError("reducer", reducer, "a reducer such as distopt.PowerSGD(rank=4)")
+    watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
+    return _register(model_or_parameters, reducer, watch, process_group, grad_scaler, accumulate, timeout)
+
+
+def _register(
+    model_or_parameters: nn.Module | Iterable[object],
+    reducer: Reducer,
+    watch: Watch,
+    process_group: dist.ProcessGroup | None,
+    grad_scaler: GradScaler | None,
+    accumulate: bool,
+    timeout: timedelta | None,
+) -> Registration:
     if not dist.is_initialized():
         raise RegistrationError(
             "torch.distributed is not initialised: call init_process_group and wrap the model before register"
         )
     model = _ddp_of(model_or_parameters)
     slots = slots_of(cast(Iterable[object], model_or_parameters)) if model is None else _slots_of_model(model)
-    watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
     engine = Engine(slots, reducer, watch, grad_scaler)
     group = process_group or cast(dist.ProcessGroup, dist.group.WORLD if model is None else model.process_group)
     engine.check(reducer, group.size())
-    attachment = GradientsAttachment(engine) if model is None else DDPAttachment(model, engine)
-    if isinstance(attachment, DDPAttachment) and model is not None:
-        _hook(model, attachment)
+    if accumulate:
+        if model is not None:
+            raise RegistrationError("accumulate=True is for lists of parameters: DDP keeps its gradients in buckets")
+        check_fusible(reducer, group.size())
+    listed = AccumulatingAttachment if accumulate else GradientsAttachment
+    attachment = listed(engine) if model is None else _attachment_of(model, engine)
     engine.connect(Communicator(group, timeout=timeout))
     registration = Registration(engine, attachment)
     if model is not None:
@@ -121,7 +146,8 @@ def _ddp_of(model_or_parameters: nn.Module | Iterable[object]) -> DistributedDat
 def _slots_of_model(model: DistributedDataParallel) -> list[Slot]:
     _check(model)
     exempt = exempt_names(model.module)
-    optional = bool(model.find_unused_parameters or model.static_graph)
+    compiled = model._use_python_reducer  # pyright: ignore[reportPrivateUsage]
+    optional = bool(model.find_unused_parameters or model.static_graph) and not compiled
     return [
         Slot(plain_name(name), parameter, exempt=name in exempt, optional=optional)
         for name, parameter in model.module.named_parameters()
@@ -129,7 +155,9 @@ def _slots_of_model(model: DistributedDataParallel) -> list[Slot]:
     ]
 
 
-def _hook(model: DistributedDataParallel, attachment: DDPAttachment) -> None:
+def _attachment_of(model: DistributedDataParallel, engine: Engine) -> DDPAttachment | CompiledDDPAttachment:
+    compiled = model._use_python_reducer  # pyright: ignore[reportPrivateUsage]
+    attachment = CompiledDDPAttachment(engine) if compiled else DDPAttachment(model, engine)
     try:
         model.register_comm_hook(None, attachment.hook)
     except RuntimeError as error:
@@ -141,6 +169,7 @@ def _hook(model: DistributedDataParallel, attachment: DDPAttachment) -> None:
             "the model has a communication hook already (or DDP's mixed_precision, which is one), "
             "and DDP takes one for life: register on a newly wrapped model"
         ) from None
+    return attachment
 
 
 def _check(model: DistributedDataParallel) -> None:

@@ -3,13 +3,14 @@
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
+from distopt.attach.accumulating import check_fusible
 from distopt.attach.engine import Engine
-from distopt.attach.saving import FORMAT, average_residuals, check_state, gather_factors, restore
-from distopt.errors import StateError
+from distopt.attach.saving import FORMAT, average_residuals, check_state, gather_factors, hand_over, mean_tally, restore
+from distopt.errors import RegistrationError, SettingError, StateError
 from distopt.numerics.storage import unpack
 from distopt.reducers.reducer import Figures, Reducer
 
@@ -50,6 +51,9 @@ class Stats:
 
 class Attachment(Protocol):
     """What a registration asks of the place where gradients are met."""
+
+    fused: bool
+    """Whether gradients are added to residuals as soon as they are there, so that they cannot be told apart."""
 
     def settle(self) -> None:
         """Wait until no reduction is under way."""
@@ -109,7 +113,10 @@ class Registration:
         self._attachment.settle()
         scale = self._engine.loss_scale
         residuals = self._engine.state.residuals
-        norms = {name: float(torch.linalg.vector_norm(unpack(r))) / scale for name, r in residuals.items()}
+        norms = {
+            name: float(torch.linalg.vector_norm(unpack(r), dtype=torch.float64)) / scale
+            for name, r in residuals.items()
+        }
         return Stats(**dataclasses.asdict(self._engine.tally), residual_norm=norms)
 
     def figures(self) -> Mapping[str, Figures]:
@@ -135,18 +142,28 @@ class Registration:
             SettingError: if ``reducer`` is none, or asks something impossible of a parameter; nothing has changed then.
             AgreementError: if the ranks were given different ones.
         """
+        if not isinstance(cast(object, reducer), Reducer):
+            raise SettingError("reducer", reducer, "a reducer such as distopt.PowerSGD(rank=4)")
         self._attachment.settle()
-        self._engine.use(reducer)
+        if self._attachment.fused:
+            check_fusible(reducer, self._engine.communicator.world_size)
+        hand_over(self._engine, moved=self._engine.use(reducer))
 
     def pause(self) -> None:
-        """Average exactly from the next step on, as plain DDP does, bit for bit; residuals and schedules wait."""
+        """Average exactly from the next step on, as plain DDP does, bit for bit; residuals and schedules wait.
+
+        Raises:
+            RegistrationError: if `register` was given ``accumulate=True``: residuals cannot wait there.
+        """
+        if self._attachment.fused:
+            raise RegistrationError("accumulate=True cannot be paused: set_reducer(AllReduce()) sends residuals along")
         self._attachment.settle()
-        self._engine.paused = True
+        self._engine.pause(True)
 
     def resume(self) -> None:
         """Go on where `pause` interrupted."""
         self._attachment.settle()
-        self._engine.paused = False
+        self._engine.pause(False)
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """Tell by what the loss is multiplied from the next backward pass on, so that residuals keep their meaning.
@@ -179,6 +196,8 @@ class Registration:
         Returns:
             A new dictionary, the same on every rank, that ``torch.load(..., weights_only=True)`` accepts. Residuals are
             in the unit of unscaled gradients, float32 (float64 for float64 gradients) whatever they are kept in.
+            Settings are not part of it: neither the reducer's nor whether it is paused. Byte counts are the mean of all
+            ranks'.
         """
         self._attachment.settle()
         layout = self._attachment.layout()
@@ -189,7 +208,7 @@ class Registration:
             "reducer": repr(engine.reducer),
             "step": engine.state.step,
             "layout": layout,
-            "tally": dataclasses.asdict(engine.tally),
+            "tally": mean_tally(engine),
             "residuals": average_residuals(engine),
             "factors": gather_factors(engine),
         }
@@ -202,7 +221,8 @@ class Registration:
             allow_fresh: warn and begin anew, instead of raising, where the state does not fit.
 
         Raises:
-            StateError: if the state is of another format, model or reducer; nothing has been changed then.
+            StateError: if the state is of another format, model or kind of reducer; nothing has been changed then. To
+                go on with another reducer, load with the old one and call `set_reducer`.
         """
         self._attachment.settle()
         try:

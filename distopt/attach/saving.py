@@ -1,16 +1,19 @@
 """What a registration saves, and how it goes on from it at any world size."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from distopt.attach.engine import Engine
+from distopt.attach.engine import Engine, Tally
 from distopt.errors import StateError
 from distopt.numerics.storage import Packed, Stored, pack, unpack
 from distopt.reducers.memory import storage_of, working_dtype
 from distopt.reducers.reducer import State
+
+T = TypeVar("T")
 
 FORMAT = 2
 """Version of what `Registration.state_dict` returns."""
@@ -24,13 +27,7 @@ def gather_factors(engine: Engine) -> dict[str, Tensor]:
     Where ranks share the parameters between them, each factor comes from the first rank that has it.
     """
     mine = {name: _values(factor).clone() for name, factor in engine.state.factors.items()}
-    if not engine.reducer.parts(engine.communicator.world_size):
-        return mine
-    everyone: dict[str, Tensor] = {}
-    for theirs in engine.communicator.gather_objects(mine):
-        for name in sorted(theirs):
-            everyone.setdefault(name, theirs[name])
-    return everyone
+    return _first_of_each(engine, mine) if engine.divided else mine
 
 
 def average_residuals(engine: Engine) -> dict[str, Tensor]:
@@ -38,25 +35,75 @@ def average_residuals(engine: Engine) -> dict[str, Tensor]:
 
     What is given is not yet rounded to the format that residuals are kept in: whoever loads it rounds it the same way.
     """
-    state, communicator = engine.state, engine.communicator
-    engine.prepare(state)
+    engine.prepare(engine.state)
+    means = _mean_residuals(engine)
+    residuals = engine.state.residuals
+    for name in means.keys() & residuals.keys():
+        residuals[name] = _kept_like(residuals[name], means[name])
+    return {name: mean / engine.loss_scale for name, mean in means.items()}
+
+
+def mean_tally(engine: Engine) -> dict[str, int]:
+    """The running figures, averaged over the ranks: those that share parameters send different parts. Collective."""
+    everyone = [dataclasses.asdict(tally) for tally in engine.communicator.gather_objects(engine.tally)]
+    return {field: sum(tally[field] for tally in everyone) // len(everyone) for field in everyone[0]}
+
+
+def hand_over(engine: Engine, *, moved: bool) -> None:
+    """Fit what an earlier reducer remembered to the present one. Collective.
+
+    Args:
+        engine: has the new reducer already.
+        moved: whether other ranks keep the state from now on.
+    """
+    fresh = State(step=engine.state.step)
+    engine.prepare(fresh)
+    residuals, factors = engine.shapes()
+    state = engine.state
+    if moved:
+        # What nobody keeps any more goes with the next gradient that is sent whole, which is every rank's.
+        means = {n: m for n, m in _mean_residuals(engine).items() if n in fresh.residuals or n not in residuals}
+        state.residuals = {name: _kept_as(fresh.residuals.get(name), mean) for name, mean in means.items()}
+        state.factors = _first_of_each(engine, state.factors)
+    state.factors = {
+        name: _fitted(state.factors[name], first, factors[name][1]) if name in state.factors else first
+        for name, first in fresh.factors.items()
+    }
+
+
+def _fitted(factor: Stored, first: Stored, columns: int) -> Stored:
+    """As many columns of a factor as a new rank needs, filled up from the one that it would begin with."""
+    old, new = _values(factor), _values(first)
+    if old.shape[0] != new.shape[0]:
+        return first
+    if columns >= 0:
+        old = torch.cat([old[:, :columns], new[:, old.shape[1] :].to(old)], dim=1)
+    return _kept_like(first, old)
+
+
+def _first_of_each(engine: Engine, mine: Mapping[str, T]) -> dict[str, T]:
+    everyone: dict[str, T] = {}
+    for theirs in engine.communicator.gather_objects(dict(mine)):
+        for name in sorted(theirs):
+            everyone.setdefault(name, theirs[name])
+    return everyone
+
+
+def _mean_residuals(engine: Engine) -> dict[str, Tensor]:
+    """The mean of each residual over the ranks that keep one, in the unit that they are kept in. Collective."""
+    residuals, communicator = engine.state.residuals, engine.communicator
     slots = [slot for slot in engine.slots.values() if slot.parameter.is_floating_point()]
     if not slots:
         return {}
-    kept = torch.tensor([float(slot.name in state.residuals) for slot in slots], device=slots[0].parameter.device)
-    shares = communicator.average_(kept).tolist()
+    kept = torch.tensor([float(slot.name in residuals) for slot in slots], device=slots[0].parameter.device)
     means: dict[str, Tensor] = {}
-    for slot, share in zip(slots, shares, strict=True):
-        if share == 0:
-            continue
-        mine = state.residuals.get(slot.name)
-        mean = torch.zeros(slot.parameter.shape, dtype=working_dtype(slot), device=slot.parameter.device)
-        if mine is not None:
-            mean.copy_(unpack(mine, mean.dtype))
-        communicator.average_(mean).div_(share)
-        if mine is not None:
-            state.residuals[slot.name] = _kept_like(mine, mean)
-        means[slot.name] = mean / engine.loss_scale
+    for slot, share in zip(slots, communicator.average_(kept).tolist(), strict=True):
+        if share > 0:
+            # In float64, so that the mean of equal numbers is that number: saving twice saves the same.
+            mean = torch.zeros(slot.parameter.shape, dtype=torch.float64, device=slot.parameter.device)
+            if slot.name in residuals:
+                mean.copy_(unpack(residuals[slot.name], working_dtype(slot)))
+            means[slot.name] = communicator.average_(mean).div_(share).to(working_dtype(slot))
     return means
 
 
@@ -71,11 +118,16 @@ def check_state(state: Mapping[str, Any], engine: Engine) -> None:
         raise StateError(f"not the state of a registration: {', '.join(sorted(missing))} is missing")
     if state["format"] != FORMAT:
         raise StateError(f"format is {state['format']!r}, but must be {FORMAT}")
+    here = repr(engine.reducer)
+    if state["reducer"].partition("(")[0] != here.partition("(")[0]:
+        raise StateError(f"the state is of the reducer {state['reducer']}, but {here} is registered")
     for name in (name for names in state["layout"] for name in names):
         if name not in engine.slots:
             raise StateError(f"the state is of another model: it has {name!r}, which this one has not")
     residuals, factors = engine.shapes()
-    _check_shapes("residual", state["residuals"], residuals)
+    # What an earlier reducer left behind may be there besides, until its next gradient takes it along.
+    left = {name: slot.parameter.shape for name, slot in engine.slots.items() if slot.parameter.is_floating_point()}
+    _check_shapes("residual", state["residuals"], {**left, **residuals})
     _check_shapes("factor", state["factors"], factors)
 
 
@@ -83,15 +135,15 @@ def restore(state: Mapping[str, Any], engine: Engine) -> None:
     """Put a state that `check_state` found sound in force; ranks take what they keep."""
     fresh = State(step=state["step"])
     engine.prepare(fresh)
+    anywhere, _ = engine.shapes()
     for name, value in state["residuals"].items():
-        if name in fresh.residuals:
-            fresh.residuals[name] = _kept_like(fresh.residuals[name], value)
+        if name in fresh.residuals or name not in anywhere:
+            fresh.residuals[name] = _kept_as(fresh.residuals.get(name), value.to(engine.slots[name].parameter.device))
     for name, value in state["factors"].items():
         if name in fresh.factors:
             fresh.factors[name] = _kept_like(fresh.factors[name], value)
     engine.restart(fresh)
-    for field, value in state["tally"].items():
-        setattr(engine.tally, field, value)
+    engine.tally = Tally(**state["tally"])
 
 
 def _check_shapes(kind: str, tensors: Mapping[str, Tensor], known: Mapping[str, Sequence[int]]) -> None:
@@ -103,6 +155,10 @@ def _check_shapes(kind: str, tensors: Mapping[str, Tensor], known: Mapping[str, 
             raise StateError(
                 f"the state is of another model or reducer: the {kind} of {name!r} has shape {there} there, {kept}"
             )
+
+
+def _kept_as(example: Stored | None, value: Tensor) -> Stored:
+    return value.clone() if example is None else _kept_like(example, value)
 
 
 def _kept_like(example: Stored, value: Tensor) -> Stored:

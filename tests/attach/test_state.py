@@ -6,11 +6,12 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
-from tests.attach.models import batch, mlp, parameters, same, wrap
+from tests.attach.models import batch, gradients, mlp, parameters, same, wrap
 from tests.processes import run_ranks
 
 REDUCER = distopt.PowerSGD(rank=2)
@@ -30,14 +31,14 @@ def step_on(model, optimizer, rank, step, dtype, world_of_data=None):
     optimizer.zero_grad()
 
 
-def begin(bucket_kib, dtype, options):
+def begin(bucket_kib, dtype, options, reducer=REDUCER):
     model = wrap(mlp(dtype=dtype), bucket_kib, **options)
-    return model, distopt.register(model, REDUCER), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return model, distopt.register(model, reducer), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
-def save_job(rank, save_at, bucket_kib, dtype, options, world_of_data=None):
+def save_job(rank, save_at, bucket_kib, dtype, options, world_of_data=None, reducer=REDUCER):
     """Train to the end, saving on the way; what was saved, as bytes, and how it ended."""
-    model, registration, optimizer = begin(bucket_kib, dtype, options)
+    model, registration, optimizer = begin(bucket_kib, dtype, options, reducer)
     saved = None
     for step in range(TOTAL):
         if step == save_at:
@@ -50,18 +51,18 @@ def save_job(rank, save_at, bucket_kib, dtype, options, world_of_data=None):
             torch.save(state, buffer)
             saved = buffer.getvalue()
         step_on(model, optimizer, rank, step, dtype, world_of_data)
-    return saved, parameters(model), registration.state_dict()["residuals"]
+    return saved, parameters(model), registration.state_dict()["residuals"], registration.stats()
 
 
-def resume_job(rank, saved, save_at, bucket_kib, dtype, options, world_of_data=None):
+def resume_job(rank, saved, save_at, bucket_kib, dtype, options, world_of_data=None, reducer=REDUCER):
     state = torch.load(io.BytesIO(saved), weights_only=True)
-    model, registration, optimizer = begin(bucket_kib, dtype, options)
+    model, registration, optimizer = begin(bucket_kib, dtype, options, reducer)
     model.module.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     registration.load_state_dict(state["hook"])
     for step in range(save_at, TOTAL):
         step_on(model, optimizer, rank, step, dtype, world_of_data)
-    return parameters(model), registration.state_dict()["residuals"], registration.stats().steps
+    return parameters(model), registration.state_dict()["residuals"], registration.stats()
 
 
 @pytest.mark.parametrize(
@@ -76,10 +77,47 @@ def resume_job(rank, saved, save_at, bucket_kib, dtype, options, world_of_data=N
 def test_a_new_process_goes_on_bit_for_bit(world, save_at, options):
     ended = run_ranks(world, save_job, save_at, 12, torch.float32, options)
     resumed = run_ranks(world, resume_job, ended[0][0], save_at, 12, torch.float32, options)
-    for (_, expected, residuals), (found, found_residuals, steps) in zip(ended, resumed, strict=True):
+    for (_, expected, residuals, _), (found, found_residuals, stats) in zip(ended, resumed, strict=True):
         assert same(expected, found)
         assert same(residuals, found_residuals)
-        assert steps == TOTAL
+        assert stats.steps == TOTAL
+
+
+OTHERS = [
+    distopt.AllReduce(),
+    distopt.PowerSGD(rank=2, basis="fixed"),
+    distopt.PowerSGD(rank=2, passes="alternate"),
+    distopt.PowerSGD(rank=2, residual_dtype="1-6-9", factor_dtype="1-6-9"),
+    distopt.PowerSGD(rank=2, residual_dtype=torch.bfloat16, wire_dtype=torch.bfloat16),
+    distopt.PowerSGD(rank={0: 3, 5: 2}, start_step=2),
+    distopt.PowerSGD(rank=distopt.EnergyRank(0.9, most=8)),
+    distopt.TopK(0.1),
+    distopt.RandomK(0.1),
+    distopt.Quantize(8),
+    distopt.Sign(),
+    distopt.ByName({"0.*": distopt.Cast(torch.bfloat16)}, default=distopt.PowerSGD(rank=2)),
+]
+OVER_NODES = [
+    distopt.Hierarchical(distopt.AllReduce(), outer, ranks_per_node=2)
+    for outer in (distopt.PowerSGD(rank=2), distopt.TopK(0.1))
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "reducer"), [*((2, r) for r in OTHERS), *((4, r) for r in OVER_NODES)], ids=lambda value: repr(value)[:60]
+)
+def test_every_reducer_goes_on_bit_for_bit(world, reducer):
+    """Figures go on too; where ranks send different parts, from the mean of all."""
+    job = (4, 12, torch.float32, {}, None, reducer)
+    ended = run_ranks(world, save_job, *job)
+    resumed = run_ranks(world, resume_job, ended[0][0], *job)
+    for (_, expected, residuals, before), (found, found_residuals, after) in zip(ended, resumed, strict=True):
+        assert same(expected, found)
+        assert same(residuals, found_residuals)
+        assert (after.steps, after.bytes_uncompressed) == (before.steps, before.bytes_uncompressed)
+        if world == 2:
+            assert (after.bytes_sent, after.matrix_bytes_sent) == (before.bytes_sent, before.matrix_bytes_sent)
+        assert after.residual_norm == before.residual_norm
 
 
 def test_other_buckets_after_resuming_change_nothing_on_two_ranks():
@@ -132,6 +170,21 @@ def alone():
 
 
 @pytest.mark.usefixtures("alone")
+def test_another_kind_of_reducer_is_refused_unless_a_fresh_start_is_allowed():
+    model = DDP(mlp(2))
+    registration = distopt.register(model, REDUCER)
+    model(batch(0, 0)).square().mean().backward()
+    state = registration.state_dict()
+    other = distopt.register(DDP(mlp(2)), distopt.TopK(0.1))
+    message = r"the state is of the reducer PowerSGD\(rank=2\), but TopK\(fraction=0.1\) is registered"
+    with pytest.raises(distopt.StateError, match=message):
+        other.load_state_dict(state)
+    with pytest.warns(UserWarning, match="residuals and factors begin anew: " + message):
+        other.load_state_dict(state, allow_fresh=True)
+    assert (other.stats().steps, other.stats().residual_norm) == (0, {})
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_foreign_state_is_refused_and_nothing_changes():
     model = DDP(mlp(2))
     registration = distopt.register(model, REDUCER)
@@ -160,3 +213,49 @@ def test_a_factor_of_another_rank_is_refused():
     wider = DDP(mlp(2))
     with pytest.raises(distopt.StateError, match=r"factor of '0.weight' has shape \(48, 2\) there, \(48, 3\) here"):
         distopt.register(wider, distopt.PowerSGD(rank=3)).load_state_dict(good)
+
+
+def dcp_save_job(rank, folder, reducer):
+    model, registration, optimizer = begin(12, torch.float32, {}, reducer)
+    for step in range(4):
+        step_on(model, optimizer, rank, step, torch.float32)
+    dcp.save({"model": model.module, "hook": registration}, checkpoint_id=folder)
+    saved = registration.state_dict()
+    model.zero_grad()
+    model(batch(rank, 4)).square().mean().backward()
+    return saved, gradients(model), registration.stats()
+
+
+def dcp_load_job(rank, folder, reducer):
+    model, registration, _ = begin(12, torch.float32, {}, reducer)
+    dcp.load({"model": model.module, "hook": registration}, checkpoint_id=folder)
+    loaded = registration.state_dict()
+    model(batch(rank, 4)).square().mean().backward()
+    return loaded, gradients(model), registration.stats()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reducer"),
+    [
+        (2, 2, REDUCER),
+        (2, 2, distopt.AllReduce()),
+        (2, 2, distopt.PowerSGD(rank=2, residual_dtype="1-6-9", factor_dtype=torch.bfloat16)),
+        (2, 2, distopt.TopK(0.1)),
+        (2, 3, REDUCER),
+        (3, 1, REDUCER),
+        (4, 2, OVER_NODES[0]),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_registration_is_stateful_to_distributed_checkpoint(tmp_path, before, after, reducer):
+    saved = run_ranks(before, dcp_save_job, str(tmp_path), reducer)
+    loaded = run_ranks(after, dcp_load_job, str(tmp_path), reducer)
+    for rank, (state, ahead, stats) in enumerate(loaded):
+        for kind in ("residuals", "factors"):
+            assert same(state[kind], saved[0][0][kind])
+        assert {k: v for k, v in state.items() if k not in ("residuals", "factors")} == {
+            k: v for k, v in saved[0][0].items() if k not in ("residuals", "factors")
+        }
+        if before == after:
+            assert same(ahead, saved[0][1])
+            assert stats == saved[rank][2]

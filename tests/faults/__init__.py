@@ -1,0 +1,1 @@
+"""Faults, drawn from seeds: each promise of docs/reliability.md, tried many times over."""
