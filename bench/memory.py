@@ -29,6 +29,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 
+import distopt
 from bench.competitors import Competitor, Distopt, Torch
 from bench.stamp import markdown, write_lines
 from distopt.comm.worker import Worker
@@ -51,12 +52,14 @@ class Variant:
         who: the competitor, or None for plain DDP.
         options: of DDP.
         bucket_mb: size of a bucket.
+        settings: of ``distopt.register`` on a plain list of parameters, in the place of DDP.
     """
 
     label: str
     who: Competitor | None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     bucket_mb: float = 0.7
+    settings: Mapping[str, Any] | None = None
 
 
 VARIANTS = [
@@ -69,6 +72,8 @@ VARIANTS = [
     Variant("distopt, bucket view", Distopt(), _VIEW),
     Variant("distopt, bucket view, one bucket", Distopt(), _VIEW, 100),
     Variant("distopt, bucket view, 1-6-9 residual", Distopt(options={"residual_dtype": "1-6-9"}), _VIEW),
+    Variant("distopt, plain list", None, settings={}),
+    Variant("distopt, plain list, accumulate=True", None, settings={"accumulate": True}),
 ]
 """One line each; further settings of a reducer go into ``Distopt("its label", {"setting": value})``."""
 
@@ -122,6 +127,8 @@ def train(variant: Variant, columns: int) -> int:
     """Some steps, with a mark after the model is built and after each step; the number of buckets."""
     model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
     mark()
+    if variant.settings is not None:
+        return train_list(model, variant.settings, columns)
     # Without init_sync: one of gloo's threads may be the last to hold what it broadcasts.
     ddp = DDP(model, bucket_cap_mb=variant.bucket_mb, init_sync=False, **variant.options)
     if variant.who is None:
@@ -138,6 +145,21 @@ def train(variant: Variant, columns: int) -> int:
         optimizer.zero_grad(set_to_none=False)
     del attached
     return len(ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
+
+
+def train_list(model: nn.Module, settings: Mapping[str, Any], columns: int) -> int:
+    """The same steps without DDP, the gradients freed after each: a plain list has no buckets to keep."""
+    registration = distopt.register(model.named_parameters(), distopt.PowerSGD(columns), **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = torch.randn(BATCH, WIDTH)
+    for _ in range(STEPS):
+        for _ in range(2):
+            model(batch).square().mean().backward()
+        registration.reduce()
+        optimizer.step()
+        mark()
+        optimizer.zero_grad(set_to_none=True)
+    return len(registration.state_dict()["layout"])
 
 
 def mark() -> None:

@@ -82,6 +82,8 @@ class Memory:
 def flush(slots: Sequence[Slot], gradients: Sequence[Tensor], state: State) -> list[str]:
     """Add what an earlier reducer left behind to gradients that are sent whole from now on.
 
+    The sum is rounded to the gradient's dtype, as everything is that an exact average sends.
+
     Returns:
         The names of those that got something, for `forget`. A gradient that this rank has none of, where parameters
         may go without, waits on.
