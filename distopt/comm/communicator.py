@@ -23,6 +23,7 @@ class Communicator:
         process_group: whose ranks to average over. Every one of them makes its communicator at the same point.
         ranks: some of its ranks, by their number in the world; all of them if ``None``.
         timeout: how long a collective may take; as long as the backend sees fit if ``None``.
+        witness: finds out why a collective failed; one of its own if ``None``.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Communicator:
         *,
         ranks: Sequence[int] | None = None,
         timeout: timedelta | None = None,
+        witness: Witness | None = None,
     ) -> None:
         self.ranks = list(ranks or dist.get_process_group_ranks(process_group))
         """The members, by their number in the world."""
@@ -45,7 +47,7 @@ class Communicator:
         """Bytes handed to collectives so far by this rank: one copy, no ring factor, no way back."""
         self.step = 0
         """For messages: which step the collectives belong to."""
-        self._witness = Witness(self.group)
+        self._witness = witness or Witness(self.group)
         self._parts: dict[str, Communicator] = {}
 
     def divide(self, parts: Mapping[str, Sequence[Sequence[int]]]) -> None:
@@ -59,9 +61,11 @@ class Communicator:
                 self.group,
                 ranks=[self.ranks[i] for i in next(group for group in groups if self.rank in group)],
                 timeout=self.timeout,
+                witness=self._witness,
             )
             for name, groups in parts.items()
         }
+        self._witness.watch([part.group for part in self._parts.values()])
 
     def answer(self, request: Request) -> Tensor:
         """Carry out what a reduction asks for; every rank of the group asks for the like."""

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -71,6 +71,7 @@ class Witness:
 
     def __init__(self, group: dist.ProcessGroup, store: Store | None = None, *, grace: float = 5.0) -> None:
         self._group = group
+        self._groups = [group]
         self._ranks = dist.get_process_group_ranks(group)
         self._rank = dist.get_rank()
         self._grace = grace
@@ -84,6 +85,16 @@ class Witness:
         self._verdict: PeerLostError | None = None
         self._step = 0
         self._collective = 0
+
+    def watch(self, parts: Sequence[dist.ProcessGroup]) -> None:
+        """Look at groups of some of the ranks besides, in the place of those watched so far.
+
+        A failure in one of them ends all of them: ranks of other parts could not know of it.
+
+        Args:
+            parts: the groups that this rank is in.
+        """
+        self._groups = [self._group, *parts]
 
     def begin(self, step: int) -> None:
         """Count a collective that is about to be called. No traffic.
@@ -105,12 +116,13 @@ class Witness:
             The error to raise, with the ranks to blame; after the first call always the same one.
         """
         if self._verdict is None:
-            lost, expired = _connections(self._group)
+            lost, expired = _connections(self._groups)
             text = next(iter(str(error).splitlines()), "") or type(error).__name__
             mine = Report(self._rank, self._step, self._collective, what, text, lost, expired)
             reports = {self._rank: mine}
             reachable = _within(self._grace, lambda: self._post(mine))
-            abort(self._group)
+            for group in self._groups:
+                abort(group)
             reachable = reachable and _within(2 * self._grace, lambda: self._collect(reports))
             message, ranks = judge(mine, dict(reports), self._ranks, None if reachable else self._host, reachable)
             if any(report.expired for report in reports.values()):
@@ -211,20 +223,19 @@ def abort(group: dist.ProcessGroup) -> None:
                 gloo.recv([torch.empty(1)], peer, _TAG).wait(timedelta(milliseconds=1))
 
 
-def _connections(group: dist.ProcessGroup) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Global ranks that have closed their connection to us, and those to whom we closed ours after a timeout."""
-    gloo = _gloo(group)
-    if gloo is None:
-        return (), ()
-    lost: list[int] = []
-    expired: list[int] = []
-    for peer, rank in enumerate(dist.get_process_group_ranks(group)):
-        if peer != group.rank():
-            try:
-                gloo.recv([torch.empty(1)], peer, _TAG)  # refused at once if the connection is closed
-            except RuntimeError as refusal:
-                (expired if _OWN_TIMEOUT in str(refusal) else lost).append(rank)
-    return tuple(lost), tuple(expired)
+def _connections(groups: Iterable[dist.ProcessGroup]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Global ranks that have closed a connection to us, and those to whom we closed one after a timeout."""
+    lost: set[int] = set()
+    expired: set[int] = set()
+    for group in groups:
+        gloo = _gloo(group)
+        for peer, rank in enumerate(dist.get_process_group_ranks(group) if gloo else ()):
+            if peer != group.rank():
+                try:
+                    gloo.recv([torch.empty(1)], peer, _TAG)  # refused at once if the connection is closed
+                except RuntimeError as refusal:
+                    (expired if _OWN_TIMEOUT in str(refusal) else lost).add(rank)
+    return tuple(sorted(lost)), tuple(sorted(expired))
 
 
 def _gloo(group: dist.ProcessGroup) -> Any:

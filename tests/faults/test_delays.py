@@ -28,7 +28,7 @@ def test_delays_change_nothing(seeds, record_property):
     record_property("trials", len(seeds))
     record_property("passed", len(seeds) - len(failures))
     record_property("buckets", sorted({buckets for rank in by_rank for _, _, buckets in rank}))
-    assert not failures
+    assert not failures, "\n".join(map(str, failures.items()))
 
 
 def test_trials_have_all_kinds_of_worlds():

@@ -98,4 +98,4 @@ def test_one_flipped_bit_is_found(seeds, record_property):
     record_property("promise", "A flipped bit in one replica is found, with its tensor and its rank")
     record_property("trials", len(seeds))
     record_property("passed", len(seeds) - len(failures))
-    assert not failures
+    assert not failures, "\n".join(map(str, failures.items()))

@@ -31,4 +31,4 @@ def test_a_non_finite_value_costs_one_step(seeds, record_property):
     record_property("promise", "A value that is not finite costs one step")
     record_property("trials", len(seeds))
     record_property("passed", len(seeds) - len(failures))
-    assert not failures
+    assert not failures, "\n".join(map(str, failures.items()))
