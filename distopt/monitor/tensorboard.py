@@ -56,7 +56,7 @@ def log_to_tensorboard(
         ...     def add_scalar(self, tag, scalar_value, global_step):
         ...         print(tag, scalar_value) if "bytes" in tag else None
         >>> log_to_tensorboard(registration, Printer(), step=0)
-        distopt/bytes_sent_per_step 96.0
+        distopt/bytes_sent_per_step 104.0
         distopt/bytes_uncompressed_per_step 288.0
         distopt.bytes_sent/weight 64
         >>> dist.destroy_process_group()
