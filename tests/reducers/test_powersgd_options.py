@@ -85,7 +85,7 @@ def test_a_fixed_basis_never_moves_and_is_not_kept(seed, world):
 
 
 def test_a_fixed_basis_starves_without_noise():
-    """Facts of DALL-E's choice: under a constant gradient the residual grows without bound; a warm one recovers."""
+    """Under a constant gradient its residual grows without bound; a warm basis recovers."""
     gradient = torch.randn(16, 24, generator=generator_of(0))
     grown = {}
     for basis in ("fixed", "warm"):
