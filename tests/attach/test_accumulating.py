@@ -119,14 +119,6 @@ def test_it_resumes_bit_for_bit():
     assert all(run_ranks(2, resume_job))
 
 
-@pytest.fixture
-def alone():
-    """A world of one rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 def test_what_cannot_accumulate_is_refused_by_name():
     with pytest.raises(distopt.RegistrationError, match="accumulate=True is for lists of parameters"):

@@ -188,14 +188,6 @@ def test_it_resumes_bit_for_bit(reducer):
     assert run_ranks(3, resume_job, reducer) == [(True, True)] * 3
 
 
-@pytest.fixture
-def alone():
-    """A world of one rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 def test_sparse_gradients_are_refused_by_name():
     words = nn.Embedding(9, 4, sparse=True)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
@@ -152,14 +151,6 @@ def resumed_job(rank):
 
 def test_resuming_at_another_scale():
     assert all(run_ranks(2, resumed_job))
-
-
-@pytest.fixture
-def alone():
-    """A world of one rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

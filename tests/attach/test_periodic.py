@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import distopt
 from distopt.attach import replicas
 from distopt.attach.outer import Nesterov
 from distopt.attach.periodic import Periodic
@@ -390,16 +389,3 @@ def test_another_number_of_ranks_goes_on_after_a_round_only():
         assert "2 steps into a round of 2 ranks, and here are 3" in message
         assert untouched
         assert steps == 0
-
-
-def disagree_job(rank):
-    model = nn.Linear(4, 4)
-    with pytest.raises(distopt.AgreementError) as caught:
-        Periodic(model, torch.optim.SGD(model.parameters(), lr=0.1), every=5 if rank == 1 else 4)
-    return str(caught.value)
-
-
-def test_ranks_that_were_given_different_settings_are_told():
-    for message in run_ranks(3, disagree_job):
-        assert "rank 1 has 5" in message
-        assert "'every'" in message

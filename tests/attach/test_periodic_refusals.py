@@ -1,23 +1,17 @@
-"""What `Periodic` refuses, and with which words; in a world of one rank."""
+"""What `Periodic` refuses, and with which words; mostly in a world of one rank."""
 
 import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+import distopt
 from distopt.attach.periodic import Periodic
 from distopt.errors import RegistrationError, SettingError, StateError
 from tests.attach.test_periodic import WIDTH, backward, equal, small
-
-
-@pytest.fixture
-def world_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+from tests.processes import run_ranks
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2", None])
@@ -34,7 +28,7 @@ def test_outer_is_checked():
         Periodic(model, optimizer, every=1, outer=optimizer)
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 def test_an_interval_that_is_none_is_refused_by_name():
     model = small(0)
     with pytest.raises(SettingError, match=r"Periodic\.every\(0\) is 0"):
@@ -55,7 +49,7 @@ def infinite():
     return model
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -75,7 +69,7 @@ def test_models_that_do_not_fit_are_refused(make, message):
         Periodic(model, optimizer, every=1)
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 def test_optimizers_that_do_not_fit_are_refused():
     with pytest.raises(RegistrationError, match=r"Optimizer, but was given NoneType"):
         Periodic(small(0), None, every=1)
@@ -89,7 +83,7 @@ def test_without_a_world_it_is_refused():
         Periodic(model, torch.optim.SGD(model.parameters()), every=1)
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 def test_one_at_a_time_and_none_after_removal():
     model = small(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -104,7 +98,7 @@ def test_one_at_a_time_and_none_after_removal():
     assert copy.deepcopy(model) is not model
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -124,7 +118,7 @@ def test_a_model_that_changed_is_refused_by_name(change, message):
         periodic.step()
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 def test_states_of_others_are_refused():
     model = small(0)
     periodic = Periodic(model, torch.optim.SGD(model.parameters()), every=2)
@@ -141,9 +135,22 @@ def test_states_of_others_are_refused():
     assert equal(periodic.state_dict()["global"], state["global"])
 
 
-@pytest.mark.usefixtures("world_of_one")
+@pytest.mark.usefixtures("alone")
 def test_names_are_those_of_the_plain_model():
     model = small(0)
     compiled = torch.compile(model)
     periodic = Periodic(compiled, torch.optim.SGD(model.parameters()), every=2)
     assert periodic.state_dict()["global"].keys() == dict(model.named_parameters()).keys()
+
+
+def disagree_job(rank):
+    model = nn.Linear(4, 4)
+    with pytest.raises(distopt.AgreementError) as caught:
+        Periodic(model, torch.optim.SGD(model.parameters(), lr=0.1), every=5 if rank == 1 else 4)
+    return str(caught.value)
+
+
+def test_ranks_that_were_given_different_settings_are_told():
+    for message in run_ranks(3, disagree_job):
+        assert "rank 1 has 5" in message
+        assert "'every'" in message

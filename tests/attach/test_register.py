@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
-
-
-@pytest.fixture
-def world():
-    """A world of one rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_before_init_process_group():
@@ -25,20 +16,20 @@ def test_before_init_process_group():
         distopt.register(nn.Linear(2, 2), distopt.AllReduce())
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_a_model_that_is_not_ddp():
     with pytest.raises(distopt.RegistrationError, match="needs a DistributedDataParallel model, but was given Linear"):
         distopt.register(nn.Linear(2, 2), distopt.AllReduce())
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_something_that_is_no_reducer():
     for wrong in (4, "powersgd", distopt.PowerSGD):
         with pytest.raises(distopt.SettingError, match=r"reducer is .*, but must be a reducer such as"):
             distopt.register(DDP(nn.Linear(2, 2)), wrong)
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_registering_twice():
     model = DDP(nn.Linear(2, 2))
     first = distopt.register(model, distopt.PowerSGD(rank=1))
@@ -48,7 +39,7 @@ def test_registering_twice():
     assert first.stats().steps == 1
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_after_another_hook():
     model = DDP(nn.Linear(2, 2))
     model.register_comm_hook(None, allreduce_hook)
@@ -57,14 +48,14 @@ def test_after_another_hook():
     assert len(model._comm_hooks) == 1
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_sparse_gradients_are_refused_by_name():
     model = DDP(nn.ModuleDict({"words": nn.Embedding(9, 4, sparse=True)}))
     with pytest.raises(distopt.RegistrationError, match=r"words\.weight has sparse gradients"):
         distopt.register(model, distopt.AllReduce())
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_an_impossible_rank_fails_before_training():
     model = DDP(nn.Linear(40, 40))
     with pytest.raises(distopt.SettingError, match=r"PowerSGD.rank\('weight'\) is -1"):
@@ -72,7 +63,7 @@ def test_an_impossible_rank_fails_before_training():
     distopt.register(model, distopt.AllReduce())
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_complex_gradients_are_averaged_whole():
     model = nn.Linear(8, 8).to(torch.complex64)
     ddp = DDP(model)
@@ -84,7 +75,7 @@ def test_complex_gradients_are_averaged_whole():
     assert registration.stats().saving == 0
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_names_are_the_models_own():
     """Neither DDP's prefix nor torch.compile's shows in what is saved."""
     model = DDP(torch.compile(nn.Sequential(nn.Linear(40, 40)), backend="eager"))
@@ -93,7 +84,7 @@ def test_names_are_the_models_own():
     assert list(registration.stats().residual_norm) == ["0.weight"]
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("alone")
 def test_a_registration_describes_itself():
     registration = distopt.register(DDP(nn.Linear(2, 2)), distopt.AllReduce())
     assert repr(registration) == "Registration(AllReduce(), world_size=1, steps=0)"

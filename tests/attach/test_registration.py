@@ -151,14 +151,6 @@ def test_different_reducers_on_different_ranks_name_the_rank_and_change_nothing(
     assert run_ranks(3, disagreement_job) == [((2,), "PowerSGD(rank=2)")] * 3
 
 
-@pytest.fixture
-def alone():
-    """A world of one rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("rank", [1, 3])
 def test_another_rank_keeps_the_warm_columns(rank):

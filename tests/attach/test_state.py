@@ -161,14 +161,6 @@ def test_state_dict_is_the_same_on_all_ranks_and_holds_the_mean():
     assert all(torch.equal(state0["residuals"][n], own0[n] * 0.5 + own1[n] * 0.5) for n in own0)
 
 
-@pytest.fixture
-def alone():
-    """A world of one rank in this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("alone")
 def test_another_kind_of_reducer_is_refused_unless_a_fresh_start_is_allowed():
     model = DDP(mlp(2))
