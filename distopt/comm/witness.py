@@ -284,10 +284,13 @@ def _gone(reports: Mapping[int, Report]) -> tuple[int, ...]:
 def _judge_alone(
     mine: Report, reports: Mapping[int, Report], where: str, host: int | None
 ) -> tuple[str, tuple[int, ...]]:
-    """Without the store: only who let this rank down, less those whose report came before the store went."""
-    suspects = tuple(sorted(set(mine.lost or mine.expired) - set(reports)))
-    if host in suspects:
+    """Without the store: its host if that is known and sent no report, or else who let this rank down.
+
+    Neighbours that gave up waiting for the host close their connections too: who did says nothing here.
+    """
+    if host is not None and host not in reports:
         return f"rank {host} stopped answering {where}, and with it the store that it hosts", (host,)
+    suspects = tuple(sorted(set(mine.lost or mine.expired) - set(reports)))
     known = f"no answer from {_ranks(suspects, '')}" if suspects else mine.error
     return f"the store does not answer, and who is to blame cannot be told: {known} {where}", suspects
 
