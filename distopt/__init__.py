@@ -8,6 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distopt import optim as optim
+    from distopt import scaling as scaling
+    from distopt.accumulation import Accumulation as Accumulation
+    from distopt.accumulation import Window as Window
+    from distopt.accumulation import accumulate as accumulate
     from distopt.attach.outer import Nesterov as Nesterov
     from distopt.attach.periodic import Periodic as Periodic
     from distopt.attach.periodic import PeriodicStats as PeriodicStats
@@ -18,8 +23,10 @@ if TYPE_CHECKING:
     from distopt.errors import DistoptError as DistoptError
     from distopt.errors import PeerLostError as PeerLostError
     from distopt.errors import RegistrationError as RegistrationError
+    from distopt.errors import ScaleError as ScaleError
     from distopt.errors import SettingError as SettingError
     from distopt.errors import StateError as StateError
+    from distopt.errors import WindowError as WindowError
     from distopt.monitor.tensorboard import log_to_tensorboard as log_to_tensorboard
     from distopt.reducers.allreduce import AllReduce as AllReduce
     from distopt.reducers.byname import ByName as ByName
@@ -32,10 +39,14 @@ if TYPE_CHECKING:
     from distopt.reducers.reducer import Figures as Figures
     from distopt.reducers.sign import Sign as Sign
     from distopt.reducers.topk import TopK as TopK
+    from distopt.scaling.resblock import ResblockScaler as ResblockScaler
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Accumulation": "distopt.accumulation",
+    "Window": "distopt.accumulation",
+    "accumulate": "distopt.accumulation",
     "Nesterov": "distopt.attach.outer",
     "Periodic": "distopt.attach.periodic",
     "PeriodicStats": "distopt.attach.periodic",
@@ -46,8 +57,10 @@ _HOMES = {
     "DistoptError": "distopt.errors",
     "PeerLostError": "distopt.errors",
     "RegistrationError": "distopt.errors",
+    "ScaleError": "distopt.errors",
     "SettingError": "distopt.errors",
     "StateError": "distopt.errors",
+    "WindowError": "distopt.errors",
     "log_to_tensorboard": "distopt.monitor.tensorboard",
     "AllReduce": "distopt.reducers.allreduce",
     "ByName": "distopt.reducers.byname",
@@ -60,14 +73,21 @@ _HOMES = {
     "Figures": "distopt.reducers.reducer",
     "Sign": "distopt.reducers.sign",
     "TopK": "distopt.reducers.topk",
+    "ResblockScaler": "distopt.scaling.resblock",
 }
 
 
+_ROOMS = ("optim", "scaling")
+"""Modules with public names of their own."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"distopt.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'distopt' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*_HOMES, "__version__"]
+    return [*_HOMES, *_ROOMS, "__version__"]

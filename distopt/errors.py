@@ -67,3 +67,11 @@ class PeerLostError(DistoptError, RuntimeError):
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
+
+
+class ScaleError(DistoptError, RuntimeError):
+    """A gradient scale cannot become low enough: a branch's gradients overflow in every step."""
+
+
+class WindowError(DistoptError, RuntimeError):
+    """A window of micro-batches is not gone through as `distopt.accumulate` needs it."""

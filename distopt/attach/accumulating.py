@@ -70,7 +70,7 @@ class AccumulatingAttachment(GradientsAttachment):
             if gradient.is_sparse:
                 raise RegistrationError(f"the gradient of {slot.name!r} is sparse, which cannot be reduced")
             if not self._taken:
-                self._engine.follow_loss_scale()
+                self._engine.follow_scales()
             self._taken[slot.name] = slot
             # No question is asked of the device here, which would have to finish its work to answer.
             finite = torch.isfinite(gradient).all()

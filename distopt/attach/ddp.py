@@ -116,6 +116,10 @@ class DDPAttachment:
         self._worker.submit(job)
         return future
 
+    def forget_forwards(self) -> None:
+        """Count forward passes from here on: the ranks have agreed beforehand on those since the last step."""
+        self._forwards = 0
+
     def _count_forward(self, model: nn.Module, inputs: object) -> None:
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._forwards += 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from distopt.attach.transaction import Transaction
+from distopt.attach.units import scale_of
 from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.errors import SettingError
@@ -74,12 +75,13 @@ class Engine:
         self.state = State()
         self.tally = Tally()
         self.paused = False
-        self.loss_scale = 1.0
-        """What the residuals are scaled by at present."""
-        self._next_loss_scale = 1.0
+        self._units: dict[str, float] = {}
+        self._loss_scale = 1.0
         self._grad_scaler = grad_scaler
         self.figures: Mapping[str, Figures] = {}
         """Of the last measured step."""
+        self.norms: dict[str, Tensor] = {}
+        """Norms of averaged gradients of the last step, by name, unscaled, where the reduction gave them away."""
         self.joined = 0
         """Ranks that have run out of inputs (torch's ``Join``), in the step under way."""
         self.communicator: Communicator
@@ -167,7 +169,7 @@ class Engine:
     def restart(self, state: State | None = None) -> None:
         """Go on from another state, in unscaled units; from nothing if there is none."""
         self.state = state or State()
-        self.loss_scale = 1.0
+        self._units.clear()
 
     def begin(self, names: tuple[str, ...], forwards: int = 0, *, joining: bool = False) -> None:
         """Open a step, once all ranks are known to do the same.
@@ -185,7 +187,7 @@ class Engine:
         # A rank that has joined takes no optimizer steps: it is given the others' parameters in the end.
         if every > 0 and self.tally.steps % every == 0 and self.joined == 0:
             self.check_replicas()
-        self.follow_loss_scale()
+        self.follow_scales()
         measured = self._watch.every > 0 and self.state.step % self._watch.every == 0 and not self.paused
         self.state.figures = {} if measured else None
         self._transaction = Transaction(self.communicator)
@@ -205,8 +207,10 @@ class Engine:
         transaction, self._transaction = self._transaction, None
         tally = self.tally
         tally.steps += 1
+        self.norms = {}
         if transaction.sound:
             raw, sent = transaction.commit()
+            self.norms = {name: norm / self.unit(name) for name, norm in transaction.norms().items()}
             tally.matrix_bytes_uncompressed += raw
             tally.matrix_bytes_sent += sent
             self.state.step += 0 if self.paused else 1
@@ -222,15 +226,21 @@ class Engine:
             raise SettingError("loss_scale", loss_scale, "left to the grad_scaler that register was given")
         if not is_number(loss_scale) or not 0 < loss_scale < math.inf:
             raise SettingError("loss_scale", loss_scale, "a finite number above 0")
-        self._next_loss_scale = loss_scale
+        self._loss_scale = loss_scale
 
-    def follow_loss_scale(self) -> None:
-        """Express the residuals in units of the loss scale at present."""
-        loss_scale = self._next_loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale()
-        if loss_scale != self.loss_scale:
-            ratio = loss_scale / self.loss_scale
-            self.state.residuals = {name: _times(kept, ratio) for name, kept in self.state.residuals.items()}
-            self.loss_scale = loss_scale
+    def unit(self, name: str) -> float:
+        """What the residual of a parameter is scaled by at present."""
+        return self._units.get(name, 1.0)
+
+    def follow_scales(self) -> None:
+        """Express the residuals in the units that gradients have at present."""
+        loss_scale = self._loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale()
+        residuals = self.state.residuals
+        for name, slot in self.slots.items():
+            unit = loss_scale * scale_of(slot.parameter)
+            if name in residuals and unit != self.unit(name):
+                residuals[name] = _times(residuals[name], unit / self.unit(name))
+            self._units[name] = unit
 
     @property
     def _place(self) -> Place:

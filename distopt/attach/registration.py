@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from distopt.attach.accumulating import check_fusible
+from distopt.attach.clipping import clip_
 from distopt.attach.engine import Engine
 from distopt.attach.saving import FORMAT, average_residuals, check_state, gather_factors, hand_over, mean_tally, restore
 from distopt.errors import RegistrationError, SettingError, StateError
@@ -111,13 +113,12 @@ class Registration:
     def stats(self) -> Stats:
         """Tell what has been reduced, sent and kept back so far, on this rank. Not collective."""
         self._attachment.settle()
-        scale = self._engine.loss_scale
-        residuals = self._engine.state.residuals
+        engine = self._engine
         norms = {
-            name: float(torch.linalg.vector_norm(unpack(r), dtype=torch.float64)) / scale
-            for name, r in residuals.items()
+            name: float(torch.linalg.vector_norm(unpack(r), dtype=torch.float64)) / engine.unit(name)
+            for name, r in engine.state.residuals.items()
         }
-        return Stats(**dataclasses.asdict(self._engine.tally), residual_norm=norms)
+        return Stats(**dataclasses.asdict(engine.tally), residual_norm=norms)
 
     def figures(self) -> Mapping[str, Figures]:
         """Tell how well each gradient was reduced in the last measured step, on this rank. Not collective.
@@ -128,6 +129,30 @@ class Registration:
         """
         self._attachment.settle()
         return dict(self._engine.figures)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients down if their Euclidean norm, taken together, is above a limit.
+
+        What `torch.nn.utils.clip_grad_norm_` does, for the gradients that were averaged: after the step is reduced, and
+        after a scaler's ``unscale_``. The norm of a low-rank gradient follows from its factors; no gradient is read
+        for it.
+
+        Args:
+            max_norm: the limit, above 0.
+
+        Returns:
+            The norm before, 0-dimensional, the same on all ranks; NaN if the step was dropped.
+
+        Raises:
+            SettingError: if ``max_norm`` is not above 0.
+
+        Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix E.2, step 9.
+        """
+        if not max_norm > 0:
+            raise SettingError("max_norm", max_norm, "a number above 0")
+        self._attachment.settle()
+        parameters = {name: slot.parameter for name, slot in self._engine.slots.items()}
+        return clip_(parameters, self._engine.norms, max_norm)
 
     def set_reducer(self, reducer: Reducer) -> None:
         """Go on with another reducer, or with other settings of this one. Collective, between steps.

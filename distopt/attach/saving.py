@@ -40,7 +40,7 @@ def average_residuals(engine: Engine) -> dict[str, Tensor]:
     residuals = engine.state.residuals
     for name in means.keys() & residuals.keys():
         residuals[name] = _kept_like(residuals[name], means[name])
-    return {name: mean / engine.loss_scale for name, mean in means.items()}
+    return {name: mean / engine.unit(name) for name, mean in means.items()}
 
 
 def mean_tally(engine: Engine) -> dict[str, int]:

@@ -49,6 +49,10 @@ class Transaction:
         before, after = zip((0, 0), *(p.bytes_compressed for p in self._proposals), strict=True)
         return sum(before), sum(after)
 
+    def norms(self) -> dict[str, Tensor]:
+        """Norms of averaged gradients by parameter name, as far as the reductions know them."""
+        return {name: norm for proposal in self._proposals for name, norm in proposal.norms.items()}
+
     def _negotiate(self, reduction: Reduction) -> Proposal | None:
         try:
             request = _compress(reduction, None)

@@ -61,7 +61,7 @@ def drift(group: dist.ProcessGroup, tensors: Mapping[str, Tensor]) -> None:
     agree(group, [(name, describe(tensor)) for name, tensor in tensors.items()], "tensor")
     if not tensors:
         return
-    device = _device(group)
+    device = device_of(group)
     mine = torch.stack([fingerprint(tensor).to(device) for tensor in tensors.values()])
     rows = _gather(group, mine)
     ranks = dist.get_process_group_ranks(group)
@@ -265,7 +265,7 @@ def _digest(facts: Facts) -> int:
     return digest(*(text for fact in facts for text in fact))
 
 
-def _device(group: dist.ProcessGroup) -> torch.device:
+def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where this group's small tensors live: the CPU if its backend reaches it."""
     cpu = torch.device("cpu")
     if cpu in group._device_types:  # pyright: ignore[reportPrivateUsage]
@@ -274,7 +274,7 @@ def _device(group: dist.ProcessGroup) -> torch.device:
 
 
 def _gather_numbers(group: dist.ProcessGroup, numbers: list[int]) -> list[list[int]]:
-    return _gather(group, torch.tensor(numbers, dtype=torch.int64, device=_device(group)))
+    return _gather(group, torch.tensor(numbers, dtype=torch.int64, device=device_of(group)))
 
 
 def _gather(group: dist.ProcessGroup, mine: Tensor) -> list[list[int]]:

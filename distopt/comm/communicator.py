@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distopt.comm.agreement import device_of
 from distopt.comm.requests import Gather, Request, Swap, Within
 from distopt.comm.witness import Witness
 from distopt.errors import DistoptError
@@ -99,6 +100,19 @@ class Communicator:
         self._count(tensor)
         return tensor
 
+    def maximum_(self, tensor: Tensor) -> Tensor:
+        """Replace ``tensor`` by its elementwise maximum over the ranks.
+
+        Args:
+            tensor: contiguous, real, finite, of the same shape and dtype on every rank.
+
+        Returns:
+            ``tensor`` itself.
+        """
+        self.guard("an all-reduce", dist.all_reduce, tensor, op=dist.ReduceOp.MAX, group=self.group)
+        self._count(tensor)
+        return tensor
+
     def broadcast_(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by the first rank's, to the bit; contiguous, of any dtype. Not counted."""
         wire = tensor.view(-1).view(torch.uint8)
@@ -109,6 +123,13 @@ class Communicator:
         values: list[Any] = [None] * self.world_size
         self.guard("an all-gather", dist.all_gather_object, values, value, group=self.group)
         return values
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Give every rank's numbers, in the order of ranks and in float64; as many on every rank. Not counted."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=device_of(self.group))
+        everyone = mine.new_empty((self.world_size, mine.numel()))
+        self.guard("an all-gather", dist.all_gather, list(everyone.unbind()), mine, group=self.group)
+        return everyone.tolist()
 
     def guard(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a collective; if it fails, find out why.

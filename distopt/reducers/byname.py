@@ -99,7 +99,8 @@ class SplitPlan(Plan):
                 proposal.commit()
 
         before, after = zip((0, 0), *(p.bytes_compressed for p in proposals), strict=True)
-        return Proposal(commit, (sum(before), sum(after)))
+        norms = {name: norm for proposal in proposals for name, norm in proposal.norms.items()}
+        return Proposal(commit, (sum(before), sum(after)), norms)
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
         """See `Plan.residual_shapes`."""

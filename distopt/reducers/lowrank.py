@@ -121,7 +121,9 @@ class LowRankPlan(Plan):
                 else:
                     gradients[slot.name].zero_()
 
-        return Proposal(commit, self._bytes(state))
+        # A step may leave optional parameters without a gradient: what their factors say is not delivered then.
+        delivered = {} if present else _norms_from(self.matrices, factors)
+        return Proposal(commit, self._bytes(state), delivered)
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
         """See `Plan.residual_shapes`."""
@@ -245,6 +247,20 @@ def _overflows(factors: Factors, dtype: torch.dtype) -> bool:
     if bool(bound < limit):
         return False
     return not bool(torch.isfinite((left @ right.mT).to(dtype)).all())
+
+
+def _norms_from(matrices: Sequence[Matrix], factors: Sequence[Factors]) -> dict[str, Tensor]:
+    """Norms of P Qᵀ by parameter name. As one of the two is orthonormal, they are |P| |Q| / sqrt(r)."""
+    lefts, rights = (
+        torch._foreach_norm(list(side))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        for side in zip(*((f.left, f.right) for f in factors), strict=True)
+    )
+    norms: dict[str, Tensor] = {}
+    for matrix, factor, left, right in zip(matrices, factors, lefts, rights, strict=True):
+        norm = left * right / factor.left.shape[1] ** 0.5
+        name = matrix.slot.name
+        norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
+    return norms
 
 
 def _norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
