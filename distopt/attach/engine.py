@@ -4,9 +4,9 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 
 from distopt.attach.transaction import Transaction
 from distopt.attach.units import scale_of
@@ -18,6 +18,14 @@ from distopt.reducers.allreduce import AllReducePlan
 from distopt.reducers.memory import storage_of
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Reducer, Slot, State
 from distopt.reducers.settings import is_number
+
+
+class LossScaler(Protocol):
+    """What is asked of a ``torch.amp.GradScaler``, or of whatever else multiplies the loss."""
+
+    def get_scale(self) -> float:
+        """What the loss is multiplied by at present."""
+        ...
 
 
 @dataclasses.dataclass
@@ -68,7 +76,7 @@ class Engine:
     """
 
     def __init__(
-        self, slots: Sequence[Slot], reducer: Reducer, watch: Watch, grad_scaler: GradScaler | None = None
+        self, slots: Sequence[Slot], reducer: Reducer, watch: Watch, grad_scaler: LossScaler | None = None
     ) -> None:
         self.slots = {slot.name: slot for slot in slots}
         self.reducer = reducer

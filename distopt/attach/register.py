@@ -6,13 +6,12 @@ from typing import cast
 
 import torch.distributed as dist
 from torch import nn
-from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.accumulating import AccumulatingAttachment, check_fusible
 from distopt.attach.compiled import CompiledDDPAttachment
 from distopt.attach.ddp import DDPAttachment
-from distopt.attach.engine import Engine, Watch
+from distopt.attach.engine import Engine, LossScaler, Watch
 from distopt.attach.exemptions import exempt_names, plain_name
 from distopt.attach.gradients import GradientsAttachment, slots_of
 from distopt.attach.registration import Registration
@@ -28,7 +27,7 @@ def register(
     reducer: Reducer,
     *,
     process_group: dist.ProcessGroup | None = None,
-    grad_scaler: GradScaler | None = None,
+    grad_scaler: LossScaler | None = None,
     accumulate: bool = False,
     timeout: timedelta | None = None,
     agreement: bool = True,
@@ -57,7 +56,7 @@ def register(
         process_group: whose ranks to average over; the model's own, or the default one. The collectives run on a new
             group of the same ranks.
         grad_scaler: the ``torch.amp.GradScaler`` that multiplies the loss, so that residuals keep their meaning when
-            its scale changes.
+            its scale changes. A `distopt.ResblockScaler` may be given but need not.
         accumulate: for a list of parameters: add every gradient to its residual as soon as backward has it, and free
             its ``.grad`` until `Registration.reduce`, so that error feedback takes no memory of its own while
             activations are alive. A step that is dropped then delays its gradients, those that are finite, instead of
@@ -102,7 +101,7 @@ def _register(
     reducer: Reducer,
     watch: Watch,
     process_group: dist.ProcessGroup | None,
-    grad_scaler: GradScaler | None,
+    grad_scaler: LossScaler | None,
     accumulate: bool,
     timeout: timedelta | None,
 ) -> Registration:

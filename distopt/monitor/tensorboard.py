@@ -17,8 +17,30 @@ class ScalarWriter(Protocol):
         ...
 
 
+class Scales(Protocol):
+    """What is asked of the figures of a `distopt.ResblockScaler`."""
+
+    def numbers(self) -> Mapping[str, float]:
+        """Give plain numbers by tag."""
+        ...
+
+
+class Scaler(Protocol):
+    """What is asked of a `distopt.ResblockScaler`."""
+
+    def stats(self) -> Scales:
+        """Give its figures."""
+        ...
+
+
 def log_to_tensorboard(
-    registration: "Registration", writer: ScalarWriter, step: int, *, per_layer: bool = True, prefix: str = "distopt"
+    registration: "Registration",
+    writer: ScalarWriter,
+    step: int,
+    *,
+    per_layer: bool = True,
+    prefix: str = "distopt",
+    scaler: Scaler | None = None,
 ) -> None:
     """Write a registration's figures as scalars, as this rank sees them. Not collective: rank 0 alone may call it.
 
@@ -34,7 +56,9 @@ def log_to_tensorboard(
       vector; ``worst_reconstruction_error`` and ``worst_residual_ratio``: of the layer where it is largest.
 
     And for every layer that was compressed in the last measured step, ``distopt.reconstruction_error/<layer>``,
-    ``distopt.residual_ratio/<layer>`` and ``distopt.bytes_sent/<layer>``; see `Figures`.
+    ``distopt.residual_ratio/<layer>`` and ``distopt.bytes_sent/<layer>``; see `Figures`. Of a scaler,
+    ``distopt.scaler/skipped_steps``, and for every branch ``distopt.scaler/scale_log2/<branch>``, ``skips`` and
+    ``zero_fraction``; see `distopt.scaling.BlockFigures`.
 
     Args:
         registration: what ``distopt.register`` returned.
@@ -42,6 +66,7 @@ def log_to_tensorboard(
         step: the trainer's own number of the step, where the points stand on the curves.
         per_layer: whether to write the curves of single layers; thousands of layers make TensorBoard slow.
         prefix: what all tags begin with; two models need two.
+        scaler: a `distopt.ResblockScaler` whose scales are to be written too.
 
     Example:
         >>> import distopt, torch
@@ -68,6 +93,8 @@ def log_to_tensorboard(
         writer.add_scalar(f"{prefix}.reconstruction_error/{layer}", of_layer.reconstruction_error, step)
         writer.add_scalar(f"{prefix}.residual_ratio/{layer}", of_layer.residual_ratio, step)
         writer.add_scalar(f"{prefix}.bytes_sent/{layer}", of_layer.bytes_sent, step)
+    for tag, value in scaler.stats().numbers().items() if scaler is not None else ():
+        writer.add_scalar(f"{prefix}.scaler/{tag}", value, step)
 
 
 def _progress(stats: "Stats") -> dict[str, float]:

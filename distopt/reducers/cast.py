@@ -15,8 +15,12 @@ from distopt.reducers.reducer import Place, Plan, Reducer, Slot
 class Cast(Reducer):
     """Send gradients as 16-bit numbers, add them up in float32, and keep what rounding took off for the next step.
 
-    Every real gradient of more than 16 bits is cast, those of norms and embeddings too. In float16 each piece of a
-    tensor travels with a power of two, so that nothing overflows and the loss scale does not matter.
+    Every real gradient is cast, those of norms and embeddings too. In float16 each piece of a tensor travels with a
+    power of two, so that nothing overflows and the loss scale does not matter.
+
+    Gradients that have 16 bits already are sent as they are. They too are added up in float32 and divided then: a sum
+    in float16 overflows unless it is divided before, and what is divided by a thousand ranks before underflows. This is
+    what DALL-E's third guideline is for (Ramesh et al. 2021, arXiv:2102.12092, appendix D).
 
     Args:
         dtype: ``torch.bfloat16`` or ``torch.float16``.
@@ -37,8 +41,5 @@ class Cast(Reducer):
 
     def plan(self, slots: Sequence[Slot], place: Place) -> Plan:
         """See `Reducer.plan`."""
-        chosen = [
-            slot.parameter.is_floating_point() and slot.parameter.element_size() > 2 and slot.parameter.numel() > 0
-            for slot in slots
-        ]
+        chosen = [slot.parameter.is_floating_point() and slot.parameter.numel() > 0 for slot in slots]
         return CodedPlan(slots, chosen, place, FloatCodec(self.dtype))

@@ -51,7 +51,7 @@ class Gauge:
         """Gradient entries looked at while ``counting``."""
         self.counting = False
         self.seen: set[int] = set()
-        """Parameters that had a gradient since `clear`, by ``id``."""
+        """Parameters that have had a gradient so far, by ``id``."""
 
     def set(self, log2: Tensor) -> None:
         """Take over scales, rounded down to powers of two, which no gradient loses a bit by."""
@@ -62,7 +62,6 @@ class Gauge:
     def clear(self, *, counting: bool) -> None:
         """Begin a new step."""
         self.peak.zero_()
-        self.seen.clear()
         self.counting = counting
         if counting:
             self.zeros.zero_()

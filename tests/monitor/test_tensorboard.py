@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import distopt
 from distopt.monitor.tensorboard import log_to_tensorboard
@@ -84,6 +85,16 @@ def test_before_anything_was_measured():
 def test_without_layers_and_under_another_prefix():
     scalars = written(Fixed({"a": figures(3.0, 4.0, 2.0)}), per_layer=False, prefix="critic")
     assert scalars.keys() == {f"critic/{name}" for name in TOTALS | MEASURED}
+
+
+def test_scales_of_a_scaler():
+    model = mlp(3)
+    scaler = distopt.ResblockScaler(list(model)[:1], dtype=torch.float32)
+    recorder = Recorder()
+    log_to_tensorboard(Fixed({}), recorder, 7, scaler=scaler)
+    assert recorder.scalars["distopt.scaler/scale_log2/0"] == 13
+    assert recorder.scalars["distopt.scaler/skips/0"] == recorder.scalars["distopt.scaler/skipped_steps"] == 0
+    assert "distopt.scaler/zero_fraction/0" not in recorder.scalars  # nothing was counted yet
 
 
 def test_zero_gradients_divide_nothing_by_zero():

@@ -1,6 +1,7 @@
 """The rules of a scale against fifteen lines each, and what they promise."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -84,8 +85,8 @@ def test_no_second_division_within_the_window_and_never_out_of_bounds(trace, rep
     history = run(SMALL, trace, replicas)
     for i in range(3):
         rows = [row[i] for row in history]
-        divisions = [t for t, (a, b) in enumerate(zip(rows, rows[1:], strict=False)) if b < a - 1e-9]
-        assert all(b - a >= SMALL.window for a, b in zip(divisions, divisions[1:], strict=False))
+        divisions = [t for t, (a, b) in enumerate(itertools.pairwise(rows)) if b < a - 1e-9]
+        assert all(b - a >= SMALL.window for a, b in itertools.pairwise(divisions))
         assert all(SMALL.low + offset - 1e-9 <= x <= SMALL.high + offset + 1e-9 for x in rows)
 
 
