@@ -122,7 +122,7 @@ def skipped(policy, limit, steps=400):
 @given(st.integers(-38, 58))
 def test_the_default_finds_any_scale_in_a_few_steps(limit):
     lost, log2 = skipped(HeadroomPolicy(), limit)
-    assert lost <= 14
+    assert lost <= 16
     assert log2 <= limit + 1
     assert log2 >= min(limit, 32) - 8  # 32: where the gradient itself would be near the top
 
