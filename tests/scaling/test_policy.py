@@ -119,10 +119,10 @@ def skipped(policy, limit, steps=400):
     return lost, float(scales.log2)
 
 
-@given(st.integers(-38, 58))
-def test_the_default_finds_any_scale_in_a_few_steps(limit):
+@pytest.mark.parametrize("limit", range(-38, 59))
+def test_the_default_finds_any_scale_within_a_hundred_octaves_in_a_few_steps(limit):
     lost, log2 = skipped(HeadroomPolicy(), limit)
-    assert lost <= 16
+    assert lost <= 22  # down until it fits, up to where the gradients would fit, down again
     assert log2 <= limit + 1
     assert log2 >= min(limit, 32) - 8  # 32: where the gradient itself would be near the top
 
