@@ -15,8 +15,8 @@ Chain: TypeAlias = nn.Module | Sequence[nn.Module]
 """A branch: a module, or the modules that it consists of, first to last."""
 
 Blocks: TypeAlias = Mapping[str, Chain] | Iterable[Any] | str | Callable[[nn.Module], Any]
-"""Branches by name or in a row, patterns of their modules' names, or what finds them in a model. Where a pattern matches
-a module and others inside it, the outermost is the branch."""
+"""Branches by name or in a row, patterns of their modules' names, or what finds them in a model. Where a pattern
+matches a module and others inside it, the outermost is the branch."""
 
 _ALLOWED = "modules, tuples of modules, a mapping of names to them, or with model= a name pattern or a callable"
 
