@@ -1,23 +1,13 @@
 """Finding the residual branches of a model, and naming them."""
 
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.exemptions import plain_name
+from distopt.attach.selection import Blocks, select, unwrapped
 from distopt.errors import SettingError
-
-Chain: TypeAlias = nn.Module | Sequence[nn.Module]
-"""A branch: a module, or the modules that it consists of, first to last."""
-
-Blocks: TypeAlias = Mapping[str, Chain] | Iterable[Any] | str | Callable[[nn.Module], Any]
-"""Branches by name or in a row, patterns of their modules' names, or what finds them in a model."""
-
-_ALLOWED = "modules, tuples of modules, a mapping of names to them, or with model= a name pattern or a callable"
 
 
 @dataclass(frozen=True)
@@ -60,64 +50,9 @@ def find_branches(blocks: Blocks, model: nn.Module | None = None) -> list[Branch
         >>> [branch.name for branch in find_branches("*.mlp", nn.ModuleDict({"a": nn.ModuleDict({"mlp": mlp})}))]
         ['a.mlp']
     """
-    model = _unwrapped(model)
-    names = {} if model is None else {id(module): plain_name(name) for name, module in model.named_modules()}
-    branches = [_branch(item, place, names) for place, item in enumerate(_items(blocks, model))]
-    if not branches:
-        raise SettingError("blocks", blocks, f"something that is not empty: {_ALLOWED}")
-    known = [branch.name for branch in branches]
-    twice = next((name for name in known if known.count(name) > 1), None)
-    if twice is not None:
-        raise SettingError("blocks", twice, "named once: two branches have this name")
-    _check_parameters(branches, model)
+    branches = [Branch(*part) for part in select("blocks", blocks, model)]
+    _check_parameters(branches, unwrapped(model))
     return branches
-
-
-def _unwrapped(model: nn.Module | None) -> nn.Module | None:
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _items(blocks: Any, model: nn.Module | None) -> list[Any]:
-    if isinstance(blocks, str):
-        return _matching([blocks], model)
-    if isinstance(blocks, (nn.ModuleList, nn.ModuleDict, Mapping)):
-        return list(cast(Any, blocks).items()) if not isinstance(blocks, nn.ModuleList) else list(blocks)
-    if isinstance(blocks, nn.Module):
-        raise SettingError("blocks", type(blocks).__name__, f"its residual branches: {_ALLOWED}")
-    if callable(blocks):
-        if model is None:
-            raise SettingError("blocks", blocks, "given together with model=, which it looks through")
-        return _items(blocks(model), model)
-    if not isinstance(blocks, Iterable):
-        raise SettingError("blocks", blocks, _ALLOWED)
-    items = list(cast(Iterable[Any], blocks))
-    return _matching(items, model) if items and all(isinstance(item, str) for item in items) else items
-
-
-def _matching(patterns: Sequence[str], model: nn.Module | None) -> list[Any]:
-    if model is None:
-        raise SettingError("blocks", ", ".join(patterns), "given together with model=, whose modules it names")
-    named = [(plain_name(name), module) for name, module in model.named_modules() if name]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
-            raise SettingError("blocks", pattern, "a pattern that matches the name of a module, as in '*.mlp'")
-    return [pair for pair in named if any(fnmatch.fnmatchcase(pair[0], pattern) for pattern in patterns)]
-
-
-def _branch(item: Any, place: int, names: Mapping[int, str]) -> Branch:
-    name = None
-    if isinstance(item, tuple) and len(cast(tuple[Any, ...], item)) == 2 and isinstance(item[0], str):
-        name, item = cast(tuple[str, Any], item)
-    modules = [item] if isinstance(item, nn.Module) else list(cast(Iterable[Any], item)) if _is_row(item) else []
-    if not modules or not all(isinstance(module, nn.Module) for module in modules):
-        raise SettingError(f"blocks[{place if name is None else repr(name)}]", item, _ALLOWED)
-    found = [names[id(module)] for module in modules if id(module) in names]
-    return Branch(name or (found[-1] if found else str(place)), tuple(modules))
-
-
-def _is_row(item: Any) -> bool:
-    return isinstance(item, (tuple, list, nn.ModuleList))
 
 
 def _check_parameters(branches: Sequence[Branch], model: nn.Module | None) -> None:

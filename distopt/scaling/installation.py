@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from distopt.attach.overriding import override_forward
 from distopt.attach.units import GradientScaling, declare, withdraw
 from distopt.errors import RegistrationError
 from distopt.scaling.boundary import enter, leave
 from distopt.scaling.branches import Branch
-from distopt.scaling.overriding import override_forward
 
 
 @dataclass(frozen=True)

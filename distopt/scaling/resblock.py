@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distopt.attach.selection import Blocks
 from distopt.comm.agreement import agree
 from distopt.comm.communicator import Communicator
 from distopt.errors import RegistrationError, ScaleError, SettingError, StateError
-from distopt.scaling.branches import Blocks, find_branches
+from distopt.scaling.branches import find_branches
 from distopt.scaling.checks import count_non_finite, widen
 from distopt.scaling.installation import Gauge, Installation
 from distopt.scaling.policy import Preset, ScalePolicy, Scales, policy_of
