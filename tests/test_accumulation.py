@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
-from distopt import AgreementError, AllReduce, WindowError, PowerSGD, RandomK, SettingError, TopK
+from distopt import AgreementError, AllReduce, PowerSGD, RandomK, SettingError, TopK, WindowError
 from distopt.accumulation import accumulate
 from tests.attach.conftest import alone  # noqa: F401
 from tests.attach.models import mlp, wrap
