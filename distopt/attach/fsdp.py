@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 
 from distopt.attach.engine import Engine
 from distopt.attach.gradients import segment_of
@@ -50,6 +52,8 @@ class FSDPAttachment:
     """
 
     fused = False
+    in_lockstep = True
+    """Whether every rank has to go through forward and backward as often as the others."""
 
     def __init__(
         self,
@@ -65,6 +69,8 @@ class FSDPAttachment:
         self._worker = Worker("distopt-fsdp")
         self._forwards = 0
         self._syncing = True
+        self._model = model
+        self._in_backward = False
         self._backward_pass = -1
         self._step: _Step | None = None
         self._open: dict[str, Tensor] = {}
@@ -77,7 +83,9 @@ class FSDPAttachment:
         self._scales = [_ScaleOf(parameter) for parameter in self._parameters.values()]
         for slot, scale in zip(engine.slots.values(), self._scales, strict=True):
             declare(slot.parameter, scale, 0)
-        model.register_forward_pre_hook(self._count_forward)  # pyright: ignore
+        module = cast(nn.Module, model)
+        module.register_forward_pre_hook(self._before_forward, prepend=True)
+        module.register_forward_hook(self._after_forward)
         for module, names in units.items():
             module.set_all_reduce_hook(functools.partial(self._enter_unit, tuple(names)))
         for name, parameter in self._parameters.items():
@@ -116,9 +124,26 @@ class FSDPAttachment:
         finally:
             self._syncing = before
 
-    def _count_forward(self, model: nn.Module, inputs: object) -> None:
+    def _before_forward(self, model: nn.Module, inputs: object) -> None:
+        if self._in_backward and torch._C._current_graph_task_id() < 0:  # pyright: ignore
+            # A pass that raised: FSDP would reduce nothing from here on, and say nothing.
+            self._in_backward = False
+            self._model.reset_iter_state()
         if model.training and torch.is_grad_enabled():
             self._forwards += 1
+
+    def _after_forward(self, model: nn.Module, inputs: object, output: object) -> None:
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._note_backward)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        if not self._in_backward:
+            self._in_backward = True
+            _when_backward_ends(self._note_end)
+
+    def _note_end(self) -> None:
+        self._in_backward = False
 
     @torch.no_grad()
     def _enter_unit(self, names: Sequence[str], flat: Tensor) -> None:
@@ -132,7 +157,7 @@ class FSDPAttachment:
         if self._syncing and self._step is None:
             self._step, self._forwards = _Step(self._forwards), 0
             # FSDP's own callback, which may reduce the last units, was queued when backward began.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # pyright: ignore
+            _when_backward_ends(self._finish)
         for name in names:
             parameter = self._parameters[name]
             if parameter.grad is not None:
@@ -239,6 +264,10 @@ def _guarded(step: _Step, act: Callable[[], None], *, always: bool = False) -> N
         act()
     except Exception as error:
         step.error = error
+
+
+def _when_backward_ends(act: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(act)  # pyright: ignore
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
         for module in part.modules:
             if module is model or id(module) not in names:
                 raise SettingError("units", part.name, f"inside of the model, which is a {type(model).__name__}")
+            if type(module).forward is nn.Module.forward:
+                raise SettingError("units", part.name, f"what is called in forward, unlike a {type(module).__name__}")
     owners = {id(inner): part for part in parts for m in part.modules for inner in m.modules() if inner is not m}
     nested = next((part for part in parts if any(id(module) in owners for module in part.modules)), None)
     if nested is not None and not _is_pattern(units):

@@ -31,7 +31,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Tokens in, logits out; the head is tied to the embedding, and a parameter has fewer rows than there are shards."""
 
-    def __init__(self, depth=3, dtype=torch.float64, seed=0):
+    def __init__(self, depth=2, dtype=torch.float64, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
@@ -112,3 +112,8 @@ def worst(left, right):
     """The largest difference of two dictionaries of tensors."""
     assert left.keys() == right.keys()
     return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+def gradients(model):
+    """This rank's pieces of all gradients, by name."""
+    return {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
