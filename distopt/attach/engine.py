@@ -182,6 +182,10 @@ class Engine:
                 factors.update(plan.factor_shapes())
         return residuals, factors
 
+    def whole_shape(self, slot: Slot) -> Sequence[int]:
+        """Shape of a parameter, of all shards together."""
+        return slot.parameter.shape if self.shards is None else self.shards.cuts[slot.name].shape
+
     def restart(self, state: State | None = None) -> None:
         """Go on from another state, in unscaled units; from nothing if there is none."""
         self.state = state or State()

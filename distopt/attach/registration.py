@@ -225,7 +225,8 @@ class Registration:
             A new dictionary, the same on every rank, that ``torch.load(..., weights_only=True)`` accepts. Residuals are
             in the unit of unscaled gradients, float32 (float64 for float64 gradients) whatever they are kept in.
             Settings are not part of it: neither the reducer's nor whether it is paused. Byte counts are the mean of all
-            ranks'.
+            ranks'. Of a sharded model residuals are whole, and on the CPU. Factors belong to one piece of a parameter
+            each: with another number of shards they are drawn anew, and nothing is lost by that.
         """
         self._attachment.settle()
         layout = self._attachment.layout()
