@@ -38,6 +38,7 @@ class _Step:
     waiting: list[tuple[Future[Tensor], Tensor]] = dataclasses.field(
         default_factory=list[tuple[Future[Tensor], Tensor]]
     )
+    copied: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list[tuple[Tensor, Tensor]])
     layout: list[list[str]] = dataclasses.field(default_factory=list[list[str]])
     error: Exception | None = None
 
@@ -166,7 +167,26 @@ class DDPAttachment:
         step.arrived.update(parts)
         while step.units and all(name in step.arrived for name in step.units[0]):
             unit = step.units.pop(0)
-            self._propose(step, unit, {name: step.arrived.pop(name) for name in unit}, None)
+            self._propose(step, unit, *self._gathered(step, {name: step.arrived.pop(name) for name in unit}))
+
+    def _gathered(
+        self, step: _Step, parts: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """Copy gradients to where they would lie in a bucket of their own.
+
+        The last bits of a matrix product depend on how its operands are aligned in memory: buckets of the same names
+        must be the same in this as well.
+        """
+        first = next(iter(parts.values()))[1]
+        flat = first.new_empty(sum(segment.numel() for _, segment in parts.values()))
+        parameters = [self._engine.slots[name].parameter for name in parts]
+        places = zip(parts, parameters, _starts(flat, parameters), strict=True)
+        copies = {name: _parts(flat, start, parameter) for name, parameter, start in places}
+        pairs = [(parts[name][1], copies[name][1]) for name in parts]
+        for original, copy in pairs:
+            copy.copy_(original)
+        step.copied.extend(pairs)
+        return copies, flat
 
     def _propose(
         self, step: _Step, names: tuple[str, ...], parts: dict[str, tuple[Tensor, Tensor]], flat: Tensor | None
@@ -182,7 +202,10 @@ class DDPAttachment:
             names = tuple(step.arrived)
             self._propose(step, names, step.arrived, None)
         self._layout = step.layout
-        if not self._engine.finish():
+        taken = self._engine.finish()
+        for original, copy in step.copied:
+            original.copy_(copy)
+        if not taken:
             spoil(buffer for _, buffer in step.waiting)
         elif self._engine.joined > 0 and not getattr(self._model, "_divide_by_initial_world_size", True):
             world_size = self._engine.communicator.world_size

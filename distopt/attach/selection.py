@@ -14,7 +14,8 @@ Chain: TypeAlias = nn.Module | Sequence[nn.Module]
 """A part: a module, or the modules that it consists of, first to last."""
 
 Blocks: TypeAlias = Mapping[str, Chain] | Iterable[Any] | str | Callable[[nn.Module], Any]
-"""Parts by name or in a row, patterns of their modules' names, or what finds them in a model."""
+"""Parts by name or in a row, patterns of their modules' names, or what finds them in a model. Where a pattern matches a
+module and others inside it, the outermost is the part."""
 
 ALLOWED = "modules, tuples of modules, a mapping of names to them, or with model= a name pattern or a callable"
 
@@ -87,7 +88,12 @@ def _matching(field: str, patterns: Sequence[str], model: nn.Module | None) -> l
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
             raise SettingError(field, pattern, "a pattern that matches the name of a module, as in '*.mlp'")
-    return [pair for pair in named if any(fnmatch.fnmatchcase(pair[0], pattern) for pattern in patterns)]
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in named:  # an outer module comes before those in it, which are part of it
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            found.append((name, module))
+    return found
 
 
 def _part(field: str, item: Any, place: int, names: Mapping[int, str]) -> Part:

@@ -198,6 +198,9 @@ FLOAT_1_6_9 = MiniFloat(1, 6, 9, bias=60)
 """DALL-E's format for residuals and factors, largest value just below 16.
 Source: Ramesh et al. 2021 (arXiv:2102.12092), appendices D and E; the bias follows from the largest value."""
 
+FLOAT_0_6_10 = MiniFloat(0, 6, 10, bias=60)
+"""DALL-E's format for Adam's variance, which has no sign; largest value just below 16. Source: as above."""
+
 
 def finite_range(tensor: Tensor) -> tuple[float, float]:
     """Give the smallest and the largest element, in one pass.

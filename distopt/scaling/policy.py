@@ -20,8 +20,9 @@ class Scales(NamedTuple):
     """The state of n scales, each tensor ``(n,)``."""
 
     log2: Tensor  # float64: the scale itself
-    ceiling: Tensor  # float64: the highest scale that overflows so far allow
     peak: Tensor  # float64: log2 of the largest unscaled gradient of late, -inf before the first
+    margin: Tensor  # float64: octaves to stay further from overflow than the peak calls for
+    fallen: Tensor  # float64: octaves that the scale fell in the non-finite steps up to now
     bad: Tensor  # int64: non-finite steps in a row
     since: Tensor  # int64: updates since the last division
 
@@ -118,14 +119,15 @@ class HeadroomPolicy(ScalePolicy):
     """Keep the largest parameter gradient of late some octaves below overflow, and learn from overflows besides.
 
     Where the paper's rule finds the right scale by overflowing now and then, this one measures it: after one clean
-    step it is there. An overflow, which activations can have where parameters give no sign, lowers a ceiling that then
-    creeps up as in the paper; several in a row lower it faster and faster.
+    step it is there. An overflow lowers the scale, several in a row faster and faster. If the gradients of the next
+    clean step are not larger by as much, something else has overflowed, activations for example: so much more room is
+    left from then on, which comes back as slowly as in the paper.
 
     Args:
         initial: octaves at the start.
         headroom: octaves from the largest gradient to overflow.
         memory: steps in which the largest gradient that is remembered loses an octave.
-        growth: octaves that the ceiling rises on a clean step.
+        growth: octaves of the additional room that come back on a clean step.
         low: lower bound in octaves.
         high: upper bound in octaves.
 
@@ -137,7 +139,7 @@ class HeadroomPolicy(ScalePolicy):
 
     initial: float = 13.0
     headroom: float = 4.0
-    memory: int = 64
+    memory: int = 16
     growth: float = 1 / 1000
     low: float = -40.0
     high: float = 60.0
@@ -148,23 +150,26 @@ class HeadroomPolicy(ScalePolicy):
 
     def start(self, count: int, replicas: int = 1, device: torch.device | None = None) -> Scales:
         """See `ScalePolicy.start`. The measured scale does not depend on the number of replicas."""
-        scales = _start(count, self.initial, device)
-        return scales._replace(ceiling=torch.full_like(scales.log2, self.high))
+        return _start(count, self.initial, device)
 
     def update(self, scales: Scales, peaks: Tensor, top: float, replicas: int = 1) -> Scales:
         """See `ScalePolicy.update`."""
-        finite = torch.isfinite(peaks)
-        applied = scales.log2.floor()
-        seen = peaks.double().log2() - applied  # -inf for a gradient of zeros
-        peak = torch.where(finite, torch.maximum(seen, scales.peak - 1 / self.memory), scales.peak)
+        finite, known = torch.isfinite(peaks), torch.isfinite(scales.peak)
         fall = torch.exp2(scales.bad.clamp(max=3).double())
-        ceiling = torch.where(finite, (scales.ceiling + self.growth).clamp(max=self.high), applied - fall)
-        # Without any gradient so far the scale stays where it is.
-        wanted = torch.where(torch.isfinite(peak), top - self.headroom - peak, scales.log2)
+        seen = peaks.double().log2() - scales.log2.floor()  # -inf for a gradient of zeros
+        unexplained = (scales.fallen - (seen - scales.peak).clamp(min=0)).clamp(min=0)
+        relaxed = (scales.margin - self.growth).clamp(min=0) + torch.where(known, unexplained, 0)
+        margin = torch.where(finite, relaxed, scales.margin)
+        peak = torch.where(finite, torch.maximum(seen, scales.peak - 1 / self.memory), scales.peak)
+        fallen = torch.where(finite, 0, scales.fallen + fall)
+        # Before there was any gradient, the scale stays where it is or falls.
+        search = scales.log2 - torch.where(finite, 0, fall)
+        wanted = torch.where(torch.isfinite(peak), top - self.headroom - margin - fallen - peak, search)
         return Scales(
-            log2=torch.minimum(wanted, ceiling).clamp(self.low, self.high),
-            ceiling=ceiling.clamp(self.low, self.high),
+            log2=wanted.clamp(self.low, self.high),
             peak=peak,
+            margin=margin,
+            fallen=fallen,
             bad=torch.where(finite, 0, scales.bad + 1),
             since=torch.where(finite, scales.since + 1, 1),
         )
@@ -193,8 +198,9 @@ def policy_of(preset: Preset | ScalePolicy) -> ScalePolicy:
 
 def _start(count: int, initial: float, device: torch.device | None) -> Scales:
     octaves = torch.full((count,), initial, dtype=torch.float64, device=device)
-    zeros = torch.zeros(count, dtype=torch.int64, device=device)
-    return Scales(octaves, octaves.clone(), torch.full_like(octaves, -math.inf), zeros, zeros.clone())
+    nothing, counts = torch.zeros_like(octaves), torch.zeros(count, dtype=torch.int64, device=device)
+    unknown = torch.full_like(octaves, -math.inf)
+    return Scales(octaves, unknown, nothing, nothing.clone(), counts, counts.clone())
 
 
 def _check_bounds(name: str, low: float, initial: float, high: float) -> None:

@@ -24,6 +24,8 @@ from distopt.scaling.stats import BlockFigures, ScalerStats
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _PATIENCE = 200
+_TOP = 16.0
+"""Of float16. Wider formats could hold larger numbers, but nothing is gained by them."""
 _T = TypeVar("_T")
 
 
@@ -87,7 +89,7 @@ class ResblockScaler:
         self._replicas = 1 if self._communicator is None else self._communicator.world_size
         parameters = [parameter for branch in branches for parameter in branch.parameters().values()]
         device = parameters[0].device if parameters else torch.device("cpu")
-        self._top = math.log2(torch.finfo(dtype).max)
+        self._top = min(math.log2(torch.finfo(dtype).max), _TOP)
         self._scales = self._policy.start(len(branches), self._replicas, device)
         self._skips = torch.zeros(len(branches), dtype=torch.int64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)

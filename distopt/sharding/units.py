@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from distopt.errors import SettingError
 
 
 def find_units(units: Blocks, model: nn.Module) -> list[Part]:
-    """Make a list of the units that were asked for; of what a pattern matches, the outermost modules.
+    """Make a list of the units that were asked for.
 
     Args:
         units: see `distopt.attach.selection.Blocks`.
@@ -41,10 +41,9 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
                 raise SettingError("units", part.name, f"what is called in forward, unlike a {type(module).__name__}")
     owners = {id(inner): part for part in parts for m in part.modules for inner in m.modules() if inner is not m}
     nested = next((part for part in parts if any(id(module) in owners for module in part.modules)), None)
-    if nested is not None and not _is_pattern(units):
+    if nested is not None:
         outer = owners[next(id(module) for module in nested.modules if id(module) in owners)]
         raise SettingError("units", nested.name, f"outside of the others: it is a part of {outer.name}")
-    parts = [part for part in parts if not any(id(module) in owners for module in part.modules)]
     _check_ties(parts, model)
     return parts
 
@@ -85,12 +84,6 @@ def prefetch(root: FSDPModule, units: Sequence[FSDPModule]) -> None:
         before.set_modules_to_forward_prefetch([after])
     for before, after in itertools.pairwise([root, *reversed(units)]):
         before.set_modules_to_backward_prefetch([after])
-
-
-def _is_pattern(units: object) -> bool:
-    if isinstance(units, str):
-        return True
-    return isinstance(units, (list, tuple)) and all(isinstance(item, str) for item in cast(Sequence[object], units))
 
 
 def _check_ties(parts: Sequence[Part], model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 from distopt.errors import DistoptError
 
 from . import launch, runs
-from .settings import MAX_SEED, DemoSettings, InputError, TrainSettings, build, check_batch, load_toml
+from .settings import MAX_SEED, PRECISIONS, DemoSettings, InputError, TrainSettings, build, check_batch, load_toml
 
 _EXAMPLES = """examples:
   distopt-dalle demo                                   train and score the drawn task, about 10 minutes on two cores
@@ -62,6 +62,7 @@ def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
         steps_2=parsed.steps_2,
         reducer=parsed.reducer,
         rank=parsed.rank,
+        precision=parsed.precision,
     )
     out: Path = parsed.out
     place = launch.place()
@@ -130,7 +131,7 @@ def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
         stage1 = dataclasses.replace(stage1, steps=parsed.steps_1)
     if parsed.steps_2 is not None:
         stage2 = dataclasses.replace(stage2, steps=parsed.steps_2)
-    flags = {name: getattr(parsed, name) for name in ("size", "seed") if getattr(parsed, name) is not None}
+    flags = {name: getattr(parsed, name) for name in ("size", "seed", "precision") if getattr(parsed, name) is not None}
     return dataclasses.replace(settings, stage1=stage1, stage2=stage2, **flags)
 
 
@@ -193,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         "--rank", type=_whole(1, 1024), metavar="R", help="rank of the compressed gradients (default: the demo's own)"
     )
 
+    _add_precision(demo, "fp32")
+
     train = command("train", _train, "Train both stages on a folder of pictures with captions: name.jpg and name.txt.")
     train.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, searched with its subfolders")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if missing")
@@ -203,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=_whole(8, 512), metavar="PX", help="side of the pictures, a multiple of 4 (default: 32)"
     )
     train.add_argument("--seed", type=_whole(0, MAX_SEED), metavar="N", help="default: 0")
+    _add_precision(train, None)
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
     sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
@@ -220,6 +224,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     meaning = "processes that train together (default: 2; under torchrun, those that it started)"
     parser.add_argument("--ranks", type=_whole(1, 64), default=2, metavar="N", help=meaning)
+
+
+def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
+    meaning = "type of matrix products; 16-bit ones bring gradient scales and 16-bit moments along (default: fp32)"
+    parser.add_argument("--precision", choices=PRECISIONS, default=default, help=meaning)
 
 
 def _add_steps(parser: argparse.ArgumentParser, remark: str) -> None:

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Source(Protocol):
     """Pictures and captions to learn from. A batch is a pure function of the generator that it is drawn with."""
@@ -38,7 +40,10 @@ class Journal(Protocol):
     """Where a stage reports its progress."""
 
     def log(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        """Take the values of one step out of ``total``; every rank calls it, rank 0's is shown."""
+        """Take the values of one step out of ``total``; every rank calls it, rank 0's is shown.
+
+        Names with a slash are for curves alone.
+        """
         ...
 
 
@@ -52,6 +57,7 @@ class Context:
         device: where the model lives.
         seed: decides initial weights and every batch.
         reducer: the ``distopt`` reducer to register on DDP; ``None`` trains in this process alone.
+        precision: "fp32", "bf16" or "fp16": what products are computed in.
         journal: receives losses and metrics; ``None`` stays silent.
     """
 
@@ -60,7 +66,13 @@ class Context:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     reducer: distopt.AllReduce | distopt.PowerSGD | None = None
+    precision: str = "fp32"
     journal: Journal | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that products are computed in."""
+        return _DTYPES[self.precision]
 
     def rng(self, stage: int, step: int) -> np.random.Generator:
         """The generator of this rank's batch at ``step``: a pure function of seed, stage, rank and step."""
@@ -74,7 +86,18 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage ends with: the trained module without wrappers, its curve, and what communication cost."""
+    """What a stage ends with: the trained module without wrappers, its curve, and what communication cost.
+
+    Args:
+        model: the trained module.
+        steps: steps, skipped ones included.
+        final_loss: at the end of training.
+        curve: steps and losses.
+        wall_seconds: what it took.
+        stats: of the reducer.
+        skipped_steps: optimizer steps not taken, because a scaled gradient was not finite.
+        scales: steps and gradient scales by name, now and then over the run; the last are those at its end.
+    """
 
     model: nn.Module
     steps: int
@@ -82,12 +105,21 @@ class StageResult:
     curve: Sequence[tuple[int, float]]
     wall_seconds: float
     stats: distopt.Stats | None = None
+    skipped_steps: int = 0
+    scales: Sequence[tuple[int, Mapping[str, float]]] = ()
 
 
-def distribute(module: nn.Module, context: Context) -> tuple[nn.Module, distopt.Registration | None]:
+def distribute(
+    module: nn.Module, context: Context, grad_scaler: torch.amp.GradScaler | None = None
+) -> tuple[nn.Module, distopt.Registration | None]:
     """Wrap a stage's module in DDP with the context's reducer, where there are processes to train with.
 
     This is all that makes a stage distributed.
+
+    Args:
+        module: what is trained.
+        context: the surroundings.
+        grad_scaler: what scales the loss, where the whole loss is scaled.
 
     Returns:
         The module to train with, and the registration; the module itself and ``None`` in a process alone.
@@ -96,4 +128,4 @@ def distribute(module: nn.Module, context: Context) -> tuple[nn.Module, distopt.
         return module, None
     ids = [context.device.index] if context.device.type == "cuda" else None
     wrapped = DistributedDataParallel(module, device_ids=ids)
-    return wrapped, distopt.register(wrapped, context.reducer)
+    return wrapped, distopt.register(wrapped, context.reducer, grad_scaler=grad_scaler)

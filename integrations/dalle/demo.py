@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import distopt
-
 from . import recipe, report, runs, sheets
 from .context import Context
 from .dvae import DVAESettings
 from .evaluate import Graded, score_scenes
+from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
 from .scenes import Scenes
@@ -64,11 +63,16 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     }
     _draw_samples(out / "samples.png", figures, samples)
     trained.draw_reconstructions(out / "reconstructions.png", task, context)
-    trained.draw_losses(out / "loss.png")
+    trained.draw_curves(out)
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "n": settings.n, "task_seed": task.seed, "training": chosen.describe()}
     trained.model.save(out, "demo", kept)
-    lines = [*report.score_lines(full), *report.stage_lines(full), *report.file_lines(out)]
+    lines = [
+        *report.score_lines(full),
+        *report.stage_lines(full),
+        *report.precision_lines(full),
+        *report.file_lines(out),
+    ]
     print(report.framed(f"distopt-dalle demo: {full['wall_seconds']:.0f} s on {context.world_size} ranks", lines))
 
 
@@ -78,10 +82,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         stage1 = dataclasses.replace(stage1, steps=settings.steps_1)
     if settings.steps_2 is not None:
         stage2 = dataclasses.replace(stage2, steps=settings.steps_2)
-    exact = settings.reducer == "allreduce"
-    first, second = (
-        distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.rank or default) for default in _RANKS
-    )
+    first, second = (reducer(settings.reducer, settings.rank or default, settings.precision) for default in _RANKS)
     return Recipe(
         dvae=DVAESettings(),
         stage1=stage1,
@@ -91,6 +92,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         stage2=stage2,
         sampling=SamplingSettings(),
         reducers=(first, second),
+        precision=settings.precision,
     )
 
 

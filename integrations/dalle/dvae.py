@@ -167,9 +167,9 @@ class DVAE(nn.Module):
         """What the decoder makes of each code, ``(K, width)``."""
         return self.from_codes.weight.detach().flatten(1).T + self.from_codes.bias.detach()
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Logits ``(B, K, g, g)`` of the codes; ``pictures``: ``(B, 3, S, S)`` in [0, 1]."""
-        return self.to_logits(self.encoder(pictures * 2 - 1))
+    def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits ``(B, K, g, g)`` of the codes; ``pictures``: ``(B, 3, S, S)`` in [0, 1]; ``dtype`` as for ``loss``."""
+        return self.to_logits(_run(self.encoder, pictures * 2 - 1, dtype))
 
     @torch.no_grad()
     def tokenize(self, pictures: Tensor) -> Tensor:
@@ -196,6 +196,7 @@ class DVAE(nn.Module):
         usage: float = 0.0,
         edges: float = 0.0,
         generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> DVAELoss:
         """The negative evidence bound of the relaxed model, per sub-pixel.
 
@@ -211,13 +212,14 @@ class DVAE(nn.Module):
             edges: a pixel whose channels differ from a neighbour's by up to 1 weighs up to ``1 + edges``; weights
                 have mean 1 in each picture.
             generator: draws the Gumbel noise; ``None`` takes torch's own.
+            dtype: what the convolutions run in, but for those that give logits and take codes (as in DALL-E).
 
         Returns:
             The total and its terms.
         """
-        logits = self.encode(pictures)
+        logits = self.encode(pictures, dtype)
         z = ((logits + gumbel(logits, generator)) / tau).softmax(1)
-        errors = self._negative_log_likelihood(self.decoder(self.from_codes(z)), pictures)
+        errors = self._negative_log_likelihood(_run(self.decoder, self.from_codes(z), dtype), pictures)
         if edges:
             errors = errors * edge_weights(pictures, edges)
         log_q = logits.log_softmax(1)
@@ -298,6 +300,14 @@ def edge_weights(pictures: Tensor, edges: float) -> Tensor:
     horizontal = F.pad(columns, (0, 1)).maximum(F.pad(columns, (1, 0)))
     weights = 1 + edges * vertical.maximum(horizontal)
     return weights / weights.mean((2, 3), keepdim=True)
+
+
+def _run(part: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Run a part of the network with convolutions in ``dtype``; what it gives has the type of ``x``."""
+    if dtype == torch.float32:
+        return part(x)
+    with torch.autocast(x.device.type, dtype):
+        return part(x).to(x.dtype)
 
 
 def _convolution(inputs: int, outputs: int, kernel: int = 1, gain: float = 1.0) -> nn.Conv2d:

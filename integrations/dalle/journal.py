@@ -77,7 +77,7 @@ class Stage:
         self._told = 0
 
     def log(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        """Take the values of step ``step`` of ``total``, counted from 1."""
+        """Take the values of step ``step`` of ``total``, counted from 1; a name with a slash makes a curve, no text."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{self._name}/{name}", value, step)
@@ -111,4 +111,5 @@ def _bar(console: Console) -> Progress:
 
 
 def _format(values: Mapping[str, float], limit: int | None = None) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:limit])
+    shown = [(name, value) for name, value in values.items() if "/" not in name]
+    return "  ".join(f"{name} {value:.4g}" for name, value in shown[:limit])

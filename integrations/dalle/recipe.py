@@ -43,6 +43,7 @@ class Recipe:
         stage2: how the transformer is trained.
         sampling: how image tokens are drawn.
         reducers: how the gradients of each stage are averaged.
+        precision: "fp32", "bf16" or "fp16".
     """
 
     dvae: DVAESettings
@@ -53,10 +54,13 @@ class Recipe:
     stage2: Stage2Settings
     sampling: SamplingSettings
     reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
+    precision: str = "fp32"
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
         ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''} on {context.device.type}"
+        if self.precision != "fp32":
+            ranks += f" in {self.precision}"
         averaged = [
             f"PowerSGD of rank {reducer.rank}" if isinstance(reducer, distopt.PowerSGD) else "exact averaging"
             for reducer in self.reducers
@@ -69,25 +73,31 @@ class Recipe:
             "stage1": dataclasses.asdict(self.stage1),
             "stage2": dataclasses.asdict(self.stage2),
             "communication": [repr(reducer) for reducer in self.reducers],
+            "precision": self.precision,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained model with how its two stages went."""
+    """A trained model with how its two stages went, and in which precision."""
 
     model: Model
     stage1: StageResult
     stage2: StageResult
+    precision: str
 
     def figures(self) -> dict[str, Any]:
-        """``stage1`` and ``stage2`` for the report."""
-        return {"stage1": report.stage_figures(self.stage1), "stage2": report.stage_figures(self.stage2)}
+        """``precision``, ``stage1`` and ``stage2`` for the report."""
+        stages = {"stage1": report.stage_figures(self.stage1), "stage2": report.stage_figures(self.stage2)}
+        return {"precision": self.precision, **stages}
 
-    def draw_losses(self, path: Path) -> None:
-        """Write the loss curves of both stages."""
+    def draw_curves(self, out: Path) -> None:
+        """Write the loss curves of both stages and, where stage 2 had them, its gradient scales."""
         curves = (self.stage1.curve, self.stage2.curve)
-        sheets.draw_losses(path, dict(zip(_TITLES, curves, strict=True)))
+        sheets.draw_losses(out / "loss.png", dict(zip(_TITLES, curves, strict=True)))
+        (out / runs.SCALES).unlink(missing_ok=True)
+        if self.stage2.scales:
+            sheets.draw_scales(out / runs.SCALES, self.stage2.scales)
 
     def draw_reconstructions(self, path: Path, source: Source, context: Context) -> None:
         """Write a sheet of pictures beside what their argmax tokens decode to."""
@@ -118,7 +128,7 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
     Args:
         source: pictures and captions.
         recipe: all settings.
-        context: rank, device and seed; its reducer and journal are set here.
+        context: rank, device and seed; its reducer, precision and journal are set here.
         journal: shows the progress.
 
     Returns:
@@ -127,7 +137,9 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
     tokenizer = Tokenizer.train(source.captions(), recipe.vocabulary)
     text_length = min(recipe.text_length, tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT)
     with journal.stage(STAGES[0]) as stage:
-        surroundings = dataclasses.replace(context, reducer=recipe.reducers[0], journal=stage)
+        surroundings = dataclasses.replace(
+            context, reducer=recipe.reducers[0], precision=recipe.precision, journal=stage
+        )
         stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
     dvae: Any = stage1.model.eval()
     settings = TransformerSettings(
@@ -138,12 +150,12 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
         **recipe.transformer,
     )
     with journal.stage(STAGES[1]) as stage:
-        surroundings = dataclasses.replace(context, reducer=recipe.reducers[1], journal=stage)
+        surroundings = dataclasses.replace(surroundings, reducer=recipe.reducers[1], journal=stage)
         how = _divisible(recipe.stage2, context.world_size)
         stage2 = train_transformer(source, dvae, tokenizer, settings, how, surroundings)
     transformer: Any = stage2.model.eval()
     model = Model(dvae=dvae, transformer=transformer, tokenizer=tokenizer, sampling=recipe.sampling)
-    return Trained(model=model, stage1=stage1, stage2=stage2)
+    return Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
 
 
 def _divisible(settings: _Stage, ranks: int) -> _Stage:

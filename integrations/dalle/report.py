@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import runs
 from .context import StageResult
 
 
@@ -24,6 +25,7 @@ def stage_figures(result: StageResult) -> dict[str, Any]:
         ``steps``, ``final_loss``, ``wall_seconds``, and what communication cost this rank: ``saving`` (the fraction of
         the gradients' bytes that was not sent), ``matrix_saving`` (the same over the compressed matrices alone),
         ``bytes_sent`` and ``bytes_uncompressed``. Without a reducer nothing was sent and the savings are 0.
+        ``skipped_steps`` are those of the optimizer; ``log2_scales`` the gradient scales at the end, by name.
     """
     stats = result.stats
     figures: dict[str, Any] = {
@@ -33,6 +35,11 @@ def stage_figures(result: StageResult) -> dict[str, Any]:
     }
     for name in ("saving", "matrix_saving", "bytes_sent", "bytes_uncompressed", "skipped_steps"):
         figures[name] = 0 if stats is None else getattr(stats, name)
+    # A reduction with something not finite in it is dropped, and its step skipped; a finite one's may be skipped too.
+    figures["skipped_steps"] = max(figures["skipped_steps"], result.skipped_steps)
+    figures["log2_scales"] = (
+        {name: round(math.log2(s), 3) for name, s in result.scales[-1][1].items()} if result.scales else {}
+    )
     figures["parameters"] = sum(parameter.numel() for parameter in result.model.parameters())
     return figures
 
@@ -119,10 +126,26 @@ def stage_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def precision_lines(report: Mapping[str, Any]) -> list[str]:
+    """A line on the gradient scales and the steps that were skipped; none for a run in float32."""
+    if report["precision"] == "fp32":
+        return []
+    parts = []
+    for name in ("stage1", "stage2"):
+        stage = report[name]
+        part = f"{name.replace('stage', 'stage ')} skipped {stage['skipped_steps']} of {stage['steps']} steps"
+        if scales := sorted(stage["log2_scales"].values()):
+            part += f", scale{'s' if len(scales) > 1 else ''} 2^{scales[0]:.1f}"
+            part += f" to 2^{scales[-1]:.1f}" if scales[-1] > scales[0] else ""
+        parts.append(part)
+    return [f"{report['precision']}: {'; '.join(parts)}"]
+
+
 def file_lines(out: Path) -> list[str]:
     """Lines that say where the files of a run are."""
+    scales = f", {runs.SCALES}" if (out / runs.SCALES).exists() else ""
     return [
-        f"pictures: {out}/samples.png, reconstructions.png, loss.png",
+        f"pictures: {out}/samples.png, reconstructions.png, loss.png{scales}",
         f"figures:  {out}/report.json; curves: tensorboard --logdir {out}",
     ]
 

@@ -14,6 +14,7 @@ REPORT = "report.json"
 DVAE = "dvae.safetensors"
 TRANSFORMER = "transformer.safetensors"
 TOKENIZER = "tokenizer.json"
+SCALES = "scales.png"
 _KINDS = ("demo", "folder")
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from distopt.errors import DistoptError, SettingError
 
 MAX_SEED = 2**63 - 1
+PRECISIONS = ("fp32", "bf16", "fp16")
 _T = TypeVar("_T")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
 
@@ -80,6 +81,8 @@ class TrainSettings:
         seed: decides initial weights, batches and samples.
         held_out: fraction of the pictures that is never trained on, chosen by a hash of their names.
         shift: augmentation: move pictures by up to so many pixels (0: as they are; never mirrored, for text's sake).
+        precision: "fp32", "bf16" or "fp16": what products are computed in; 16 bits bring scaled gradients along, and
+            16-bit moments and residuals.
         stage1: the discrete VAE.
         stage2: the transformer.
         communication: how gradients are averaged.
@@ -98,6 +101,7 @@ class TrainSettings:
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
     held_out: float = _number(0.1, 0.0, 0.9, "fraction of the pictures that is never trained on")
     shift: int = _number(0, 0, 64, "move training pictures by up to so many pixels")
+    precision: str = _choice("fp32", PRECISIONS, "what products are computed in")
     stage1: Stage1Options = Stage1Options()
     stage2: Stage2Options = Stage2Options()
     communication: CommunicationOptions = CommunicationOptions()
@@ -122,6 +126,7 @@ class DemoSettings:
         steps_2: the same for stage 2.
         reducer: "powersgd" or "allreduce".
         rank: of PowerSGD; ``None`` is the demo's own.
+        precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
         n: captions scored in each split.
 
     Raises:
@@ -133,6 +138,7 @@ class DemoSettings:
     steps_2: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 2")
     reducer: str = _choice("powersgd", ("powersgd", "allreduce"), "compressed, or exact")
     rank: int | None = _number(None, 1, 1024, "rank of the compressed gradient")
+    precision: str = _choice("fp32", PRECISIONS, "what products are computed in")
     n: int = _number(400, 1, 100_000, "captions scored in each split")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Draws what people look at: sheets of captioned pictures, and the loss curves.
+"""Draws what people look at: sheets of captioned pictures, and the curves of a run.
 
 Sheets are drawn at twice the size at which a page shows them (`WIDTH` is 900 pixels there), so that text stays crisp on
 fine screens. Small pictures are enlarged without smoothing: what the model drew is what one sees.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -24,6 +25,7 @@ _MARK = 40
 _INK, _FAINT, _RULE = "#1f2328", "#656d76", "#d0d7de"
 _RIGHT, _WRONG, _NEUTRAL = "#1a9850", "#d73027", "#d0d7de"
 _MAX_CAPTION_LINES = 4
+_MAX_LEGEND = 16
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,38 @@ def draw_losses(path: Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -
             axes.set_yscale("log")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=_INK)
         axes.set_xlabel("step", color=_FAINT)
-        axes.grid(color=_RULE, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, colors=_FAINT)
+        _plain(axes)
     figure.savefig(path)
+
+
+def draw_scales(path: Path, scales: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    """Draw how gradient scales went over a run, as powers of two.
+
+    Args:
+        path: the file to write.
+        scales: steps, and the scales after them by name; the first layers come first, and are darkest.
+    """
+    figure = Figure(figsize=(9, 3.6), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps, names = [step for step, _ in scales], list(scales[0][1])
+    for place, name in enumerate(names):
+        octaves = [math.log2(values[name]) for _, values in scales]
+        colour = matplotlib.colormaps["viridis"](0.9 * place / max(1, len(names) - 1))
+        axes.plot(steps, octaves, color=colour, linewidth=1.4, label=name)
+    axes.set_title("Gradient scale of each residual branch", loc="left", fontsize=10, fontweight="bold", color=_INK)
+    axes.set_xlabel("step", color=_FAINT)
+    axes.set_ylabel("log2", color=_FAINT)
+    if len(names) <= _MAX_LEGEND:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), labelcolor=_INK)
+    _plain(axes)
+    figure.savefig(path)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color=_RULE, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_FAINT)
 
 
 def _draw_section(section: Section, columns: int) -> Image.Image:

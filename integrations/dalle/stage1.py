@@ -27,7 +27,9 @@ from distopt.errors import SettingError
 
 from .context import Context, Source, StageResult, distribute
 from .dvae import DVAE, DVAESettings
+from .precision import LossScaler, Stepper, adamw
 from .scenes import Scenes, to_tensor, to_uint8
+from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
 from .scorer import matches_all
 
 STAGE = 1
@@ -38,7 +40,7 @@ _START = 1_000_000_001
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage1Settings:
+class Stage1Settings(StageSettings):
     """How the dVAE is trained.
 
     Args:
@@ -81,33 +83,15 @@ class Stage1Settings:
     start: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "start"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SettingError(f"Stage1Settings.{name}", value, "an integer of at least 1")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"Stage1Settings.{name}", getattr(self, name), "above 0")
-        for name in ("weight_decay", "beta", "usage", "edges"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SettingError(f"Stage1Settings.{name}", getattr(self, name), "a finite number of at least 0")
-        for name in ("warmup", "final_learning_rate", "tau_steps", "beta_steps"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"Stage1Settings.{name}", getattr(self, name), "from 0 to 1")
-        if not 0 <= self.averaging < 1:
-            raise SettingError("Stage1Settings.averaging", self.averaging, "at least 0 and below 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise SettingError("Stage1Settings.betas", self.betas, "two numbers of at least 0 and below 1")
-        if len(self.tau) != 2 or not all(math.isfinite(tau) and tau > 0 for tau in self.tau):
-            raise SettingError("Stage1Settings.tau", self.tau, "two finite numbers above 0")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of ``step``, counted from 0."""
-        warmup = math.ceil(self.warmup * self.steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        fraction = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * half_cosine(1.0, self.final_learning_rate, fraction)
+        super().__post_init__()
+        self.check(("start",), is_positive_integer, "an integer of at least 1")
+        self.check(("beta", "usage", "edges"), is_finite_and_not_negative, "a finite number of at least 0")
+        self.check(("tau_steps", "beta_steps"), lambda value: 0 <= value <= 1, "from 0 to 1")
+        self.check(
+            ("tau",),
+            lambda value: len(value) == 2 and all(math.isfinite(tau) and tau > 0 for tau in value),
+            "two finite numbers above 0",
+        )
 
     def weights_at(self, step: int) -> dict[str, float]:
         """What ``DVAE.loss`` is given at ``step``, counted from 0.
@@ -128,16 +112,6 @@ class Stage1Settings:
         }
 
 
-def half_cosine(start: float, end: float, fraction: float) -> float:
-    """Go from ``start`` to ``end`` as half a cosine; stay there once ``fraction`` is 1 or more.
-
-    Example:
-        >>> [half_cosine(1.0, 0.0, f) for f in (0.0, 0.5, 1.0, 2.0)]
-        [1.0, 0.5, 0.0, 0.0]
-    """
-    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, fraction))) / 2
-
-
 def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, context: Context) -> StageResult:
     """Train a dVAE on pictures.
 
@@ -145,7 +119,7 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         source: the pictures.
         model: the dVAE's shape.
         settings: how it is trained.
-        context: rank, device, seed, reducer and journal.
+        context: rank, device, seed, reducer, precision and journal.
 
     Returns:
         The dVAE with averaged weights in eval mode. ``final_loss`` is this rank's mean loss over the last twentieth
@@ -161,9 +135,11 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
     began = time.perf_counter()
     dvae = _start(source, model, settings, context)
     averaged = copy.deepcopy(dvae).requires_grad_(False)
-    trained, registration = distribute(dvae, context)
+    scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
+    trained, registration = distribute(dvae, context, scaler)
     rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW(dvae.parameters(), **rules, fused=True)
+    optimizer = adamw(dvae.named_parameters(), context, **rules)
+    stepper = Stepper(dvae.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
     curve: list[tuple[int, float]] = []
     trained.train()
     for step in range(settings.steps):
@@ -171,17 +147,15 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         pictures = source.pictures(settings.batch // context.world_size, rng).to(context.device)
         noise = torch.Generator(context.device).manual_seed(int(rng.integers(2**63)))
         weights = settings.weights_at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        loss = trained(pictures, **weights, generator=noise)
-        loss.total.backward()
-        nn.utils.clip_grad_norm_(dvae.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        _average(averaged, dvae, step, settings)
+        with stepper.products():
+            loss = trained(pictures, **weights, generator=noise, dtype=context.dtype)
+        if stepper.step(loss.total, settings.learning_rate_at(step)):
+            _average(averaged, dvae, stepper.taken - 1, settings)
         curve.append((step, loss.total.item()))
         values = {name: value.item() for name, value in vars(loss).items() if name != "total"}
-        context.log(step + 1, settings.steps, {"loss": curve[-1][1], **values, "tau": weights["tau"]})
+        context.log(
+            step + 1, settings.steps, {"loss": curve[-1][1], **values, "tau": weights["tau"], **stepper.values()}
+        )
     last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
     return StageResult(
         model=averaged.eval(),
@@ -190,6 +164,8 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         curve=curve,
         wall_seconds=time.perf_counter() - began,
         stats=None if registration is None else registration.stats(),
+        skipped_steps=stepper.skipped,
+        scales=stepper.scales,
     )
 
 
@@ -246,6 +222,9 @@ def _reached(done: float, fraction: float) -> float:
 
 @torch.no_grad()
 def _average(averaged: nn.Module, dvae: nn.Module, step: int, settings: Stage1Settings) -> None:
-    """Move the averaged weights towards the last ones; early on over a shorter window, which the start left behind."""
+    """Move the averaged weights towards the last ones; early on over a shorter window, which the start left behind.
+
+    ``step`` counts the steps that were taken before.
+    """
     decay = min(settings.averaging, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(dvae.parameters()), 1 - decay)

@@ -9,17 +9,19 @@ and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % B
 
 import copy
 import dataclasses
-import math
 import time
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import distopt
 from distopt.errors import SettingError
 
 from .codes import Codec, code_vectors
 from .context import Context, Source, StageResult, distribute
+from .precision import LossScaler, Scaler, Stepper, adamw
+from .schedules import StageSettings, is_share
 from .text import PAD, Tokenizer
 from .transformer import Transformer, TransformerSettings
 
@@ -28,7 +30,7 @@ STAGE = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage2Settings:
+class Stage2Settings(StageSettings):
     """How the transformer is trained.
 
     Args:
@@ -62,37 +64,8 @@ class Stage2Settings:
     uncaptioned: float = 0.15
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise SettingError(f"Stage2Settings.{name}", value, "an integer of at least 1")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"Stage2Settings.{name}", getattr(self, name), "above 0")
-        if not self.weight_decay >= 0:
-            raise SettingError("Stage2Settings.weight_decay", self.weight_decay, "at least 0")
-        for name in ("warmup", "final_learning_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"Stage2Settings.{name}", getattr(self, name), "from 0 to 1")
-        for name in ("averaging", "bpe_dropout", "uncaptioned"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"Stage2Settings.{name}", getattr(self, name), "at least 0 and below 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise SettingError("Stage2Settings.betas", self.betas, "two numbers of at least 0 and below 1")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of ``step``, counted from 0.
-
-        Example:
-            >>> settings = Stage2Settings(steps=100, learning_rate=1.0, warmup=0.1, final_learning_rate=0.0)
-            >>> [round(settings.learning_rate_at(step), 3) for step in (0, 9, 10, 55, 99)]
-            [0.1, 1.0, 1.0, 0.5, 0.0]
-        """
-        warmup = math.ceil(self.warmup * self.steps)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        fall = (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup))) / 2
-        return self.learning_rate * (self.final_learning_rate + (1 - self.final_learning_rate) * fall)
+        super().__post_init__()
+        self.check(("bpe_dropout", "uncaptioned"), is_share, "at least 0 and below 1")
 
 
 def train_transformer(
@@ -111,7 +84,7 @@ def train_transformer(
         tokenizer: tokenises captions.
         model: the transformer's size.
         settings: how it is trained.
-        context: rank, device, seed, reducer and journal.
+        context: rank, device, seed, reducer, precision and journal.
 
     Returns:
         The transformer with averaged weights in eval mode. ``final_loss`` is this rank's mean loss over the last
@@ -129,23 +102,22 @@ def train_transformer(
         transformer = Transformer(model, vectors).to(context.device)
     averaged = copy.deepcopy(transformer).requires_grad_(False)
     trained, registration = distribute(transformer, context)
-    optimizer = _optimizer(transformer, settings)
+    optimizer = _optimizer(transformer, settings, context)
+    scaler = _scaler(transformer, context)
+    stepper = Stepper(transformer.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
     curve: list[tuple[int, float]] = []
     trained.train()
     for step in range(settings.steps):
         text, image = _batch(source, dvae, tokenizer, model, settings, context, step)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        losses = trained(text, image)
-        loss = losses.total()
-        loss.backward()
-        nn.utils.clip_grad_norm_(transformer.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        _average(averaged, transformer, step, settings)
+        with stepper.products():
+            losses = trained(text, image)
+            loss = losses.total()
+        if stepper.step(loss, settings.learning_rate_at(step)):
+            _average(averaged, transformer, stepper.taken - 1, settings)
         curve.append((step, loss.item()))
         values = {"loss": curve[-1][1], "text": losses.text.item(), "image": losses.image.item()}
-        context.log(step + 1, settings.steps, {**values, "learning_rate": settings.learning_rate_at(step)})
+        values["learning_rate"] = settings.learning_rate_at(step)
+        context.log(step + 1, settings.steps, {**values, **stepper.values()})
     last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
     return StageResult(
         model=averaged.eval(),
@@ -154,15 +126,28 @@ def train_transformer(
         curve=curve,
         wall_seconds=time.perf_counter() - began,
         stats=None if registration is None else registration.stats(),
+        skipped_steps=stepper.skipped,
+        scales=stepper.scales,
     )
 
 
-def _optimizer(transformer: Transformer, settings: Stage2Settings) -> torch.optim.AdamW:
+def _optimizer(transformer: Transformer, settings: Stage2Settings, context: Context) -> torch.optim.Optimizer:
     linear = {id(m.weight) for m in transformer.modules() if isinstance(m, nn.Linear)}
-    decay = [p for p in transformer.parameters() if id(p) in linear]
-    rest = [p for p in transformer.parameters() if id(p) not in linear]
+    decay = [(name, p) for name, p in transformer.named_parameters() if id(p) in linear]
+    rest = [(name, p) for name, p in transformer.named_parameters() if id(p) not in linear]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
+    return adamw(groups, context, lr=settings.learning_rate, betas=settings.betas)
+
+
+def _scaler(transformer: Transformer, context: Context) -> Scaler:
+    """In 16 bits, a scale for the attention and one for the MLP of every layer; all else stays in float32."""
+    if context.precision == "fp32":
+        return LossScaler(context.device.type, enabled=False)
+    branches: dict[str, tuple[nn.Module, ...]] = {}
+    for layer, block in enumerate(transformer.blocks):
+        branches[f"{layer}.attention"] = (block.attention_norm, block.attention_in, block.attention_out)
+        branches[f"{layer}.mlp"] = (block.mlp_norm, block.mlp_in, block.mlp_out)
+    return distopt.ResblockScaler(branches, dtype=context.dtype)
 
 
 def _batch(
@@ -191,7 +176,7 @@ def _batch(
 
 @torch.no_grad()
 def _average(averaged: nn.Module, transformer: nn.Module, step: int, settings: Stage2Settings) -> None:
-    """Move the averaged weights towards the last ones, over a window that grows with the steps."""
+    """Move the averaged weights towards the last ones, over a window that grows with the steps taken before."""
     weight = 1.0 if settings.averaging == 0 else min(1.0, 1 / (1 + settings.averaging * step))
     for mean, last in zip(averaged.parameters(), transformer.parameters(), strict=True):
         mean.lerp_(last, weight)

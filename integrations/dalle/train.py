@@ -7,8 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-import distopt
-
 from . import recipe, report, runs, sheets
 from .context import Context
 from .dvae import DVAESettings
@@ -16,6 +14,7 @@ from .evaluate import score_folder
 from .folder import FolderSource
 from .model import Model
 from .pictures import NAMES_SHOWN, Pictures, read_folder
+from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
 from .scenes import to_uint8
@@ -75,11 +74,16 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
     }
     _draw_samples(out / "samples.png", trained.model, source, settings.seed)
     trained.draw_reconstructions(out / "reconstructions.png", source, context)
-    trained.draw_losses(out / "loss.png")
+    trained.draw_curves(out)
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "data": {"held_out": settings.held_out}, "training": chosen.describe()}
     trained.model.save(out, "folder", kept)
-    lines = [*report.held_out_lines(full), *report.stage_lines(full), *report.file_lines(out)]
+    lines = [
+        *report.held_out_lines(full),
+        *report.stage_lines(full),
+        *report.precision_lines(full),
+        *report.file_lines(out),
+    ]
     title = f"{data}: {training} pictures trained on, {held_out} held out, {full['wall_seconds']:.0f} s"
     print(report.framed(title, lines))
 
@@ -107,8 +111,8 @@ def _recipe(settings: TrainSettings) -> Recipe:
     codes = {"codes": one.pop("codes")} if "codes" in one else {}
     shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
-    exact = settings.communication.reducer == "allreduce"
-    reducer = distopt.AllReduce() if exact else distopt.PowerSGD(rank=settings.communication.rank)
+    communication = settings.communication
+    averaged = reducer(communication.reducer, communication.rank, settings.precision)
     return Recipe(
         dvae=DVAESettings(size=settings.size, grid=settings.size // 4, **codes),
         stage1=Stage1Settings(**one),
@@ -117,7 +121,8 @@ def _recipe(settings: TrainSettings) -> Recipe:
         transformer=shape,
         stage2=Stage2Settings(**two),
         sampling=SamplingSettings(**_given(settings.sampling)),
-        reducers=(reducer, reducer),
+        reducers=(averaged, averaged),
+        precision=settings.precision,
     )
 
 

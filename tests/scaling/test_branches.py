@@ -48,6 +48,11 @@ def test_in_a_model(blocks):
     assert names(blocks, torch.compile(model, backend="eager")) == EXPECTED
 
 
+def test_the_outermost_of_what_a_pattern_matches():
+    assert names("layers.*", Model()) == ["layers.0", "layers.1"]
+    assert names(["layers.0.mlp", "layers.1"], Model()) == ["layers.0.mlp", "layers.1"]
+
+
 def test_without_a_model():
     model = Model()
     first, second = model.layers
@@ -88,7 +93,7 @@ def tied_outside():
         (["*.mlp", "*.nothing"], Model(), "blocks is '*.nothing', but must be a pattern that matches"),
         ([("a", nn.Linear(2, 2)), ("a", nn.Linear(2, 2))], None, "blocks is 'a', but must be named once"),
         ("*.mlp", tied(), "blocks is 'layers.1.mlp.weight', but must be in one branch only: layers.0.mlp has it too"),
-        (["layers.0", "layers.0.mlp"], Model(), "in one branch only: layers.0 has it too"),
+        (lambda model: [model.layers[0], model.layers[0].mlp], Model(), "in one branch only: layers.0 has it too"),
         ("*.mlp", tied_outside(), "blocks is 'layers.0.mlp', but must be without the parameter that is also"),
         ([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")], None, "blocks is 'cpu, meta', but must be on one device"),
     ],

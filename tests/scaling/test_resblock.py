@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import distopt
@@ -382,6 +383,30 @@ def test_sparse_gradients_in_a_branch_are_refused():
     distopt.ResblockScaler({"table": table})
     with pytest.raises(distopt.RegistrationError, match=r"the gradient of 'table\.weight' is sparse"):
         table(torch.tensor([1, 2])).sum().backward()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that the host waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+@pytest.mark.parametrize(("fused", "reads"), [(False, 1), (True, 0)])
+def test_the_host_looks_once_a_step_or_never(depth, fused, reads):
+    model = Residual(depth)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    scaler = distopt.ResblockScaler(model.branches, measure_every=0)
+    with HostReads() as host:
+        backward(model, scaler, batch(), parts=2)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert host.count == reads
 
 
 # --- 16-bit parameters

@@ -56,6 +56,8 @@ def _refused(capsys, arguments, *words):
         (["demo", "--steps-1", "1.5"], ["--steps-1", "'1.5'"]),
         (["demo", "--rank", "0"], ["--rank", "'0'", "from 1 to 1024"]),
         (["demo", "--device", "tpu"], ["--device", "tpu", "cpu"]),
+        (["demo", "--precision", "fp8"], ["--precision", "fp8", "fp32", "bf16", "fp16"]),
+        (["train", "--data", ".", "--out", "x", "--precision", "half"], ["--precision", "half", "fp16"]),
         (["demo", "--reducer", "magic"], ["--reducer", "magic", "powersgd"]),
         (["demo", "--out", "/proc/nowhere"], ["--out", "/proc/nowhere", "cannot be written"]),
         (["demo", "--out", __file__], ["--out", "cannot be written"]),
@@ -81,6 +83,7 @@ def test_bad_arguments_are_refused_in_one_line(capsys, arguments, words):
         ("size = 33", ["size", "33", "a multiple of 4"]),
         ("[stage1]\nstepz = 3", ["stage1.stepz", "steps"]),
         ("[stage2]\nbatch = 63", ["stage2.batch", "63", "a multiple", "2"]),
+        ("precision = 'fp8'", ["precision", "'fp8'", "one of fp32, bf16, fp16"]),
         ("size = ", ["not valid TOML"]),
     ],
 )

@@ -62,11 +62,32 @@ def test_the_demo_writes_all_that_it_promises(tmp_path, monkeypatch, capsys):
     _pictures_are_there(tmp_path)
     shown = capsys.readouterr().out
     assert "S1  unseen combinations" in shown
+    assert report["precision"] == "fp32"
+    assert "scale" not in shown
     assert str(tmp_path / "report.json") in shown
 
     assert main(["evaluate", "--run", str(tmp_path)]) == 0
     again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert again == {name: report[name] for name in again}
+
+
+def test_the_demo_in_16_bits_reports_its_scales(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "DVAESettings", lambda: DVAESettings(codes=16, width=16, neck=8))
+    monkeypatch.setattr(demo, "Stage1Settings", lambda: Stage1Settings(start=8))
+    monkeypatch.setattr(demo, "score_scenes", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(demo, "_draw_samples", lambda *_: None)
+    monkeypatch.setattr(demo.report, "score_lines", lambda _: [])
+    demo.run(DemoSettings(steps_1=2, steps_2=2, precision="fp16"), tmp_path, Context())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["precision"] == report["training"]["precision"] == "fp16"
+    assert report["stage1"]["log2_scales"].keys() == {"loss"}
+    assert report["stage2"]["log2_scales"].keys() == {f"{i}.{name}" for i in range(3) for name in ("attention", "mlp")}
+    assert 0 <= report["stage2"]["skipped_steps"] <= 2
+    with Image.open(tmp_path / "scales.png") as picture:
+        assert picture.width == 1800
+    shown = capsys.readouterr().out
+    assert "fp16: stage 1 skipped 0 of 2 steps, scale 2^16.0; stage 2 skipped" in shown
+    assert "scales.png" in shown
 
 
 def test_the_published_demo_scores_enough_captions():
@@ -126,6 +147,7 @@ def test_every_option_of_the_configuration_reaches_its_stage():
         "stage1": stage1,
         "stage2": {**stage2, "vocabulary": 99, "text_length": 11},
         "communication": {"rank": 2},
+        "precision": "fp16",
         "sampling": {"temperature": 0.5, "top_k": 3, "top_p": 0.9},
     }
     chosen = train._recipe(build(TrainSettings, table))
@@ -135,4 +157,5 @@ def test_every_option_of_the_configuration_reaches_its_stage():
     assert chosen.transformer == {"width": 32, "layers": 2, "heads": 2}
     assert (chosen.vocabulary, chosen.text_length) == (99, 11)
     assert (chosen.sampling.temperature, chosen.sampling.top_k, chosen.sampling.top_p) == (0.5, 3, 0.9)
-    assert chosen.reducers == (distopt.PowerSGD(rank=2),) * 2
+    narrow = distopt.PowerSGD(rank=2, residual_dtype="1-6-9", factor_dtype="1-6-9")
+    assert (chosen.precision, chosen.reducers) == ("fp16", (narrow, narrow))

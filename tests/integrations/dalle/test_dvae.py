@@ -81,7 +81,7 @@ def test_kl_and_idle_are_zero_for_uniform_codes_and_largest_for_one_code():
 def test_idle_is_zero_when_sure_cells_use_all_codes_equally(monkeypatch: pytest.MonkeyPatch):
     dvae = build(size=8, grid=2, codes=4)
     logits = 1e4 * torch.eye(4, dtype=torch.float64).reshape(1, 4, 2, 2)
-    monkeypatch.setattr(dvae, "encode", lambda _: logits.requires_grad_())
+    monkeypatch.setattr(dvae, "encode", lambda *_: logits.requires_grad_())
     loss = dvae.loss(torch.rand(1, 3, 8, 8, dtype=torch.float64), tau=1.0, usage=1.0)
     assert loss.idle.item() == pytest.approx(0.0, abs=1e-12)
     assert loss.kl.item() == pytest.approx(math.log(4))

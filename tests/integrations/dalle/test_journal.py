@@ -22,6 +22,19 @@ def test_a_log_gets_about_twenty_lines_a_stage_the_first_and_the_last_among_them
     assert lines[-1].startswith("stage 1  step 1000/1000  loss 0.001")
 
 
+def test_a_name_with_a_slash_makes_a_curve_and_no_text(tmp_path):
+    stream = io.StringIO()
+    journal = RunJournal(tmp_path, stream=stream)
+    with journal.stage("stage 2") as stage:
+        stage.log(1, 1, {"loss": 1.0, "log2 scale/0.mlp": 16.0})
+    journal.close()
+    assert "loss 1" in stream.getvalue()
+    assert "scale" not in stream.getvalue()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"stage 2/loss", "stage 2/log2 scale/0.mlp"}
+
+
 def test_a_short_stage_gets_every_step():
     assert len(_lines(3)) == 3
 

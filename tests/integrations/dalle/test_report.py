@@ -25,8 +25,10 @@ def test_whatever_is_not_finite_becomes_null(value):
     assert json.loads(json.dumps(report.finite(value), allow_nan=False)) == report.finite(value)
 
 
-def _stage(stats):
-    return StageResult(model=nn.Linear(3, 2), steps=7, final_loss=0.5, curve=[], wall_seconds=1.234, stats=stats)
+def _stage(stats, **more):
+    return StageResult(
+        model=nn.Linear(3, 2), steps=7, final_loss=0.5, curve=[], wall_seconds=1.234, stats=stats, **more
+    )
 
 
 def test_a_stage_reports_what_its_communication_cost():
@@ -42,6 +44,7 @@ def test_a_stage_reports_what_its_communication_cost():
         "bytes_sent": 25,
         "bytes_uncompressed": 100,
         "skipped_steps": 1,
+        "log2_scales": {},
         "parameters": 8,
     }
 
@@ -49,6 +52,18 @@ def test_a_stage_reports_what_its_communication_cost():
 def test_without_a_reducer_nothing_was_sent():
     figures = report.stage_figures(_stage(None))
     assert figures["saving"] == figures["bytes_sent"] == 0
+
+
+def test_a_line_tells_of_scales_and_skipped_steps():
+    scaled = _stage(None, skipped_steps=2, scales=[(0, {"a": 1.0, "b": 2.0}), (6, {"a": 2.0**10, "b": 2.0**16.5})])
+    one = _stage(None, scales=[(6, {"loss": 65536.0})])
+    full = {"precision": "fp16", "stage1": report.stage_figures(one), "stage2": report.stage_figures(scaled)}
+    (line,) = report.precision_lines(full)
+    assert line == (
+        "fp16: stage 1 skipped 0 of 7 steps, scale 2^16.0; stage 2 skipped 2 of 7 steps, scales 2^10.0 to 2^16.5"
+    )
+    assert full["stage2"]["log2_scales"] == {"a": 10.0, "b": 16.5}
+    assert report.precision_lines(full | {"precision": "fp32"}) == []
 
 
 def test_lines_name_every_figure():

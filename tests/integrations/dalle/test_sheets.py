@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from distopt.integrations.dalle.sheets import WIDTH, Cell, Section, draw_losses, draw_picture, draw_sheet
+from distopt.integrations.dalle.sheets import WIDTH, Cell, Section, draw_losses, draw_picture, draw_scales, draw_sheet
 from PIL import Image
 
 RIGHT, WRONG = (26, 152, 80), (215, 48, 39)
@@ -76,6 +76,12 @@ def test_any_caption_can_be_drawn(tmp_path, caption):
 def test_any_curve_can_be_drawn(tmp_path, curve):
     draw_losses(tmp_path / "l.png", {"Stage 1": curve, "Stage 2": curve})
     assert _read(tmp_path / "l.png").shape[:2] == (640, 1800)
+
+
+@pytest.mark.parametrize("names", [["loss"], ["0.attention", "0.mlp"], [str(i) for i in range(40)]])
+def test_any_scales_can_be_drawn(tmp_path, names):
+    draw_scales(tmp_path / "s.png", [(step, {name: 2.0**step for name in names}) for step in (0, 5)])
+    assert _read(tmp_path / "s.png").shape[:2] == (720, 1800)
 
 
 def test_a_sheet_of_samples_is_small(tmp_path):

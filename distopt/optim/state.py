@@ -1,0 +1,58 @@
+"""What AdamW keeps for a parameter: its step and two moments, under the names that torch gives them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distopt.optim.moments import FORMATS, Stored
+from distopt.optim.update import widest
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Mean and variance, by the names that torch gives them."""
+
+_SETTING = {torch.int16: "packed16", torch.bfloat16: "bfloat16"}
+
+
+def new_state(parameter: Tensor, moments: str) -> dict[str, Any]:
+    """Make the state before the first step.
+
+    Args:
+        parameter: what it is for.
+        moments: how they are kept, ``"packed16"`` for example.
+
+    Returns:
+        ``step`` (a float32 scalar on the CPU, as torch keeps it), ``exp_avg``, ``exp_avg_sq``, and the scales of
+        formats that have them.
+    """
+    state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+    if moments == "float32":
+        for name in MOMENTS:
+            state[name] = torch.zeros_like(parameter, dtype=widest(parameter.dtype), requires_grad=False)
+        return state
+    for name, form in zip(MOMENTS, FORMATS[moments], strict=True):
+        moment = Stored.zeros(form, parameter)
+        state[name] = moment.codes
+        if form.scaled:
+            state[name + "_scales"] = moment.scales
+    return state
+
+
+def is_reduced(state: dict[str, Any]) -> bool:
+    """Whether the moments are kept in 16 bits."""
+    return state["exp_avg"].dtype in _SETTING
+
+
+def stored(state: dict[str, Any]) -> tuple[Stored, Stored]:
+    """Give mean and variance of a parameter whose moments are kept in 16 bits; they share memory with the state."""
+    formats = FORMATS[_SETTING[state["exp_avg"].dtype]]
+    mean, variance = (
+        Stored(form, state[name], state.get(name + "_scales", state["step"]))
+        for name, form in zip(MOMENTS, formats, strict=True)
+    )
+    return mean, variance
+
+
+def moment_bytes(state: dict[str, Any]) -> int:
+    """Bytes of a parameter's moments, scales included."""
+    return sum(each.numel() * each.element_size() for name, each in state.items() if name != "step")
