@@ -24,11 +24,21 @@ class Branch:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All its parameters, by a name for messages."""
-        named: dict[str, nn.Parameter] = {}
+        return {name: getattr(module, key) for name, (module, key) in self.owners().items()}
+
+    def owners(self) -> dict[str, tuple[nn.Module, str]]:
+        """By the same names, the module that has each parameter, and what it is called there.
+
+        A sharded module has another object there while it computes.
+        """
+        owners: dict[int, tuple[str, nn.Module, str]] = {}
         for i, module in enumerate(self.modules):
             prefix = f"{self.name}." if len(self.modules) == 1 else f"{self.name}[{i}]."
-            named.update((prefix + name, parameter) for name, parameter in module.named_parameters())
-        return named
+            for path, inner in module.named_modules():
+                for key, parameter in inner.named_parameters(recurse=False):
+                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                    owners.setdefault(id(parameter), (name, inner, key))
+        return {name: (module, key) for name, module, key in owners.values()}
 
 
 def find_branches(blocks: Blocks, model: nn.Module | None = None) -> list[Branch]:
