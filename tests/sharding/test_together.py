@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import distopt
 from tests.processes import run_ranks
 from tests.scaling.networks import Residual, batch
-from tests.sharding.models import gradients, mesh_of, whole, worst
+from tests.sharding.models import gradients, local, mesh_of, whole, worst
 
 POWER = distopt.PowerSGD(rank=2, min_saving=0.0)
 
@@ -78,8 +78,22 @@ def everything_job(rank):
     training = Training((2, 2), distopt.PowerSGD(rank=2, min_saving=0.0, residual_dtype="1-6-9"), clip=5.0, adam=True)
     losses = training.run(rank, range(12), (1, 3))
     training.registration.check_replicas()
+    check_optimizer(training)
     saved = [copy.deepcopy(part.state_dict()) for part in (training.scaler, training.registration)]
     return losses, saved[1]["step"], training.scaler.stats().skipped_steps
+
+
+def check_optimizer(training):
+    """Moments are saved as sharded tensors, of every parameter's whole shape, and come back to the bit."""
+    state = copy.deepcopy(training.optimizer.state_dict())
+    parameters = [p for p in training.module.parameters()]
+    for key, moments in state["state"].items():
+        assert moments["exp_avg"].full_tensor().shape == parameters[key].shape
+    codes = [entry["exp_avg"].clone() for entry in training.optimizer.state.values()]
+    training.optimizer.load_state_dict(state)
+    again = [entry["exp_avg"] for entry in training.optimizer.state.values()]
+    assert all(torch.equal(local(a), local(b)) for a, b in zip(codes, again, strict=True))
+    assert 4 <= training.optimizer.moment_bytes(exempt=False) < 4.5
 
 
 def clip_job(rank):
