@@ -29,7 +29,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens in, logits out; the head is tied to the embedding, and a parameter has fewer rows than there are shards."""
+    """Tokens in, logits out; the head is tied to the embedding, and a parameter has fewer rows than there are shards.
+
+    ``poisoned`` makes a gradient NaN in one row, which one shard has.
+    """
 
     def __init__(self, depth=2, dtype=torch.float64, seed=0):
         super().__init__()
@@ -41,10 +44,14 @@ class Model(nn.Module):
         self.lm_head.weight = self.embedding.weight
         self.register_buffer("shift", torch.randn(WIDTH))
         self.unused = nn.Linear(WIDTH, WIDTH)
+        self.poisoned = False
         self.to(dtype)
 
     def forward(self, tokens):
-        x = self.embedding(tokens) + self.shift + self.few.sum(0)
+        few = self.few * 1.0
+        if self.poisoned:
+            few.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([2]), float("nan")))
+        x = self.embedding(tokens) + self.shift + few.sum(0)
         for block in self.blocks:
             x = block(x)
         return self.lm_head(x)
