@@ -74,8 +74,11 @@ def mesh_of(shape):
 
 
 def optimizer_of(model):
-    """One that has a state, and whose steps follow the gradient's size."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    """One that has a state, and whose steps follow the gradient's size.
+
+    With a rate of 0.1 the run is chaotic: DDP's own last bits grow to 1e-11 in 20 steps if ranks swap their batches.
+    """
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
 
 
 def sharded(shape, reducer, model=None, **options):
