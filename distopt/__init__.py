@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from distopt.reducers.sign import Sign as Sign
     from distopt.reducers.topk import TopK as TopK
     from distopt.scaling.resblock import ResblockScaler as ResblockScaler
+    from distopt.sharding.shard import shard as shard
 
 __version__ = "0.1.0"
 
@@ -74,6 +75,7 @@ _HOMES = {
     "Sign": "distopt.reducers.sign",
     "TopK": "distopt.reducers.topk",
     "ResblockScaler": "distopt.scaling.resblock",
+    "shard": "distopt.sharding.shard",
 }
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distopt.attach.ddp import DDPAttachment
+from distopt.attach.register import REGISTRATION
 from distopt.comm.meeting import MOST_NUMBERS, Meeting, communicator_of
 from distopt.errors import AgreementError, SettingError, WindowError
 
@@ -41,12 +41,13 @@ def accumulate(
     """Cut a loader's batches into windows of ``steps`` micro-batches, each of which is one optimizer step.
 
     Call it at the same point on every rank; iterate over what it returns once an epoch. Ranks may have different
-    numbers of batches: one that has run out while others go on is given its last batch again, with weight zero.
+    numbers of batches: one that has run out while others go on is given its last batch again, with weight zero. On a
+    model of `distopt.shard`, whose ranks compute together, it is given it for every micro-batch of the others.
 
     Args:
         loader: gives the micro-batches; iterated anew in every epoch. Up to ``steps`` of them are in memory.
         model: what the gradients are of: a ``DistributedDataParallel`` model, which then communicates on the last
-            micro-batch only, or a plain module; compiled or not.
+            micro-batch only, one of `distopt.shard`, whose replicas do, or a plain module; compiled or not.
         steps: micro-batches a window and rank, at least 1; the same on all ranks.
         weight: of a batch, finite and at least 0: how many terms its loss is the sum of, tokens that are not ignored
             for example. With a dictionary, `Window.backward` takes a dictionary of losses, each divided by the sum of
@@ -138,8 +139,10 @@ class Accumulation(Generic[Batch]):
             partial = max(counts) < self._steps
             if max(counts) == 0 or (partial and self._last != "step"):
                 return
-            batches = [micro.batch for micro in micros]
-            self._window = Window(batches or self._seen, len(micros), self._model, weights, self._meeting, place)
+            batches = [micro.batch for micro in micros] or list(self._seen)
+            if getattr(_attachment_of(self._model), "in_lockstep", False):
+                batches += batches[-1:] * (max(counts) - len(batches))
+            self._window = Window(batches, len(micros), self._model, weights, self._meeting, place)
             self._meeting.step += 1
             yield self._window
             self._check_left()
@@ -191,7 +194,8 @@ class Window(Generic[Batch]):
 
     Args:
         batches: what this rank goes through.
-        steps: how many of them count; none on a rank that has run out and goes through its last batch again.
+        steps: how many of them count, the first ones; none on a rank that has run out and goes through its last batch
+            again.
         model: DDP's own module, or a plain one.
         weights: of the whole window, by key.
         meeting: where the ranks agree.
@@ -216,7 +220,7 @@ class Window(Generic[Batch]):
         self._model = model
         self._weights = weights
         # DDP and reducers average over the ranks: times their number, it is the sum.
-        self._factors = {key: meeting.ranks / w if w > 0 and steps else 0.0 for key, w in weights.items()}
+        self._factors = {key: meeting.ranks / w if w > 0 else 0.0 for key, w in weights.items()}
         self._losses: dict[str, list[Tensor]] = {key: [] for key in weights}
         self._meeting = meeting
         self._place = place
@@ -262,10 +266,11 @@ class Window(Generic[Batch]):
             raise WindowError("window.backward was called twice for a micro-batch, or outside of the window's loop")
         losses = self._checked(loss)
         self._due = False
-        if self.steps:
+        counts = self._size - len(self._batches) <= self.steps
+        if counts:
             for key, part in losses.items():
                 self._losses[key].append(part.detach())
-        cast(Tensor, sum(part * self._factors[key] for key, part in losses.items())).backward()
+        cast(Tensor, sum(part * self._factors[key] * counts for key, part in losses.items())).backward()
 
     def loss(self) -> float | dict[str, float]:
         """Give the window's mean loss over all micro-batches and ranks, for logging. Collective.
@@ -301,10 +306,15 @@ class Window(Generic[Batch]):
         if not self.is_last:
             no_sync = getattr(self._model, "no_sync", contextlib.nullcontext)
             return cast(contextlib.AbstractContextManager[None], no_sync())
-        attachment = getattr(getattr(self._model, "_distopt_registration", None), "_attachment", None)
-        if isinstance(attachment, DDPAttachment):
-            attachment.forget_forwards()
+        forget = getattr(_attachment_of(self._model), "forget_forwards", None)
+        if forget is not None:
+            forget()
         return contextlib.nullcontext()
+
+
+def _attachment_of(model: nn.Module) -> object:
+    """Where the gradients of a registered model are met."""
+    return getattr(getattr(model, REGISTRATION, None), "_attachment", None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 import torch._dynamo  # the first optimizer step imports it, which takes seconds
 import torch.distributed as dist
 
-from distopt import register as _  # noqa: F401  the fork server loads it once for all ranks
+from distopt import register, shard  # noqa: F401  the fork server loads them once for all ranks
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])

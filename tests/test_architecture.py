@@ -14,7 +14,7 @@ import distopt
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
-APART = {"accumulation", "monitor", "optim", "scaling"}
+APART = {"accumulation", "monitor", "optim", "scaling", "sharding"}
 """Rooms that stand on those in order, and never import one another."""
 PUBLIC = [
     "Accumulation",
@@ -47,6 +47,7 @@ PUBLIC = [
     "accumulate",
     "log_to_tensorboard",
     "register",
+    "shard",
 ]
 MODULES = sorted((ROOT / "distopt").rglob("*.py"))
 

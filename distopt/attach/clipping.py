@@ -3,31 +3,34 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from distopt.attach.shards import Shards
 
 _NOTHING = 1e-6
 """Added to the norm that is divided by, as `torch.nn.utils.clip_grad_norm_` does."""
 
 
 @torch.no_grad()
-def clip_(parameters: Mapping[str, nn.Parameter], known: Mapping[str, Tensor], max_norm: float) -> Tensor:
+def clip_(
+    gradients: Mapping[str, Tensor], known: Mapping[str, Tensor], max_norm: float, shards: Shards | None = None
+) -> Tensor:
     """Scale gradients so that their norm, taken together, is at most ``max_norm``.
 
     Args:
-        parameters: by name; those without a gradient are left out.
-        known: norms of some of their gradients, 0-dimensional, by name.
+        gradients: by name.
+        known: norms of some of them, 0-dimensional, by name.
         max_norm: above 0.
+        shards: whose pieces they are, if they are.
 
     Returns:
         The norm before.
 
     Example:
-        >>> parameter = nn.Parameter(torch.zeros(2))
-        >>> parameter.grad = torch.tensor([3.0, 4.0])
-        >>> clip_({"p": parameter}, {}, 1.0), parameter.grad.norm() < 1
+        >>> gradient = torch.tensor([3.0, 4.0])
+        >>> clip_({"p": gradient}, {}, 1.0), gradient.norm() < 1
         (tensor(5.), tensor(True))
     """
-    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     if not gradients:
         return torch.tensor(0.0)
     unknown = [gradient for name, gradient in gradients.items() if name not in known]
@@ -37,6 +40,7 @@ def clip_(parameters: Mapping[str, nn.Parameter], known: Mapping[str, Tensor], m
     wide = torch.promote_types(widest, torch.float32)
     device = norms[0].device
     total = torch.linalg.vector_norm(torch.stack([norm.to(device, wide) for norm in norms]))
+    total = total if shards is None else shards.norm(total)
     factor = (max_norm / (total + _NOTHING)).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(factor.to(gradient.device))

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.engine import Engine
 from distopt.attach.exemptions import plain_name
+from distopt.attach.gradients import gradients_of
 from distopt.attach.transaction import spoil
 from distopt.comm.worker import Worker
 from distopt.errors import RegistrationError
@@ -76,6 +77,10 @@ class DDPAttachment:
         """See `Attachment.keep_layout`."""
         self._layout = [list(names) for names in layout]
         self._kept = ([tuple(names) for names in layout], STEPS_TO_SETTLE if layout else 0)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Attachment.gradients`."""
+        return gradients_of(self._engine.slots.values())
 
     def reduce(self) -> bool:
         """See `Attachment.reduce`."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from distopt.attach.shards import Shards
 from distopt.attach.transaction import Transaction
 from distopt.attach.units import scale_of
 from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
@@ -73,15 +74,22 @@ class Engine:
         reducer: the settings.
         watch: what is measured.
         grad_scaler: knows what the loss is multiplied by.
+        shards: how the parameters are cut, where the slots hold pieces of them.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], reducer: Reducer, watch: Watch, grad_scaler: LossScaler | None = None
+        self,
+        slots: Sequence[Slot],
+        reducer: Reducer,
+        watch: Watch,
+        grad_scaler: LossScaler | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self.slots = {slot.name: slot for slot in slots}
         self.reducer = reducer
         self.state = State()
         self.tally = Tally()
+        self.shards = shards
         self.paused = False
         self._units: dict[str, float] = {}
         self._loss_scale = 1.0
@@ -174,6 +182,10 @@ class Engine:
                 factors.update(plan.factor_shapes())
         return residuals, factors
 
+    def whole_shape(self, slot: Slot) -> Sequence[int]:
+        """Shape of a parameter, of all shards together."""
+        return slot.parameter.shape if self.shards is None else self.shards.cuts[slot.name].shape
+
     def restart(self, state: State | None = None) -> None:
         """Go on from another state, in unscaled units; from nothing if there is none."""
         self.state = state or State()
@@ -209,14 +221,25 @@ class Engine:
         self.tally.bytes_uncompressed += sum(g.numel() * g.element_size() for g in gradients)
         self._transaction.propose(self._plan(names).reduce(Bucket(gradients, segments, flat), self.state))
 
-    def finish(self) -> bool:
-        """Take the step, or drop it; tell which."""
+    @property
+    def sound(self) -> bool:
+        """Whether everything averaged in the step under way was finite; the same on all ranks of the communicator."""
+        assert self._transaction is not None
+        return self._transaction.sound
+
+    def finish(self, agreed: bool = True) -> bool:
+        """Take the step, or drop it; tell which.
+
+        Args:
+            agreed: whether ranks outside of the communicator take it as well.
+        """
         assert self._transaction is not None
         transaction, self._transaction = self._transaction, None
         tally = self.tally
         tally.steps += 1
         self.norms = {}
-        if transaction.sound:
+        taken = transaction.sound and agreed
+        if taken:
             raw, sent = transaction.commit()
             self.norms = {name: norm / self.unit(name) for name, norm in transaction.norms().items()}
             tally.matrix_bytes_uncompressed += raw
@@ -226,7 +249,7 @@ class Engine:
         else:
             tally.skipped_steps += 1
         tally.bytes_sent += self.communicator.bytes_sent - self._sent_before
-        return transaction.sound
+        return taken
 
     def set_loss_scale(self, loss_scale: float) -> None:
         """See `Registration.set_loss_scale`."""
@@ -259,7 +282,10 @@ class Engine:
             return AllReducePlan()
         plan = self._plans.get(names)
         if plan is None:
-            plan = self._plans[names] = self.reducer.plan([self.slots[name] for name in names], self._place)
+            # With nobody to send to there is nothing to save: the only replica's gradients stay exact.
+            alone = self.shards is not None and self.communicator.world_size == 1
+            slots = [self.slots[name] for name in names]
+            plan = self._plans[names] = AllReducePlan(slots) if alone else self.reducer.plan(slots, self._place)
         return plan
 
     def _look(self) -> None:

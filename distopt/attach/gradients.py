@@ -41,6 +41,10 @@ class GradientsAttachment:
         """See `Attachment.keep_layout`: ours never changes but with the gradients that there are."""
         self._layout = [list(names) for names in layout]
 
+    def gradients(self) -> dict[str, Tensor]:
+        """See `Attachment.gradients`."""
+        return gradients_of(self._engine.slots.values())
+
     def reduce(self) -> bool:
         """See `Registration.reduce`."""
         self._engine.begin(tuple(self._engine.slots))
@@ -49,7 +53,8 @@ class GradientsAttachment:
         self._layout = [[slot.name for slot in bucket] for bucket in buckets]
         for bucket in buckets:
             gradients = [_gradient(slot) for slot in bucket]
-            self._engine.propose(tuple(slot.name for slot in bucket), gradients, [_segment(g) for g in gradients], None)
+            segments = [segment_of(gradient) for gradient in gradients]
+            self._engine.propose(tuple(slot.name for slot in bucket), gradients, segments, None)
         taken = self._engine.finish()
         if not taken:
             self._drop(slots)
@@ -107,6 +112,11 @@ def slots_of(parameters: Iterable[object]) -> list[Slot]:
     return slots
 
 
+def gradients_of(slots: Iterable[Slot]) -> dict[str, Tensor]:
+    """The gradients that parameters have, by name."""
+    return {slot.name: slot.parameter.grad for slot in slots if slot.parameter.grad is not None}
+
+
 def _buckets(slots: Sequence[Slot]) -> list[list[Slot]]:
     """Consecutive parameters of one dtype and device, up to a size; the same on all ranks."""
     buckets: list[list[Slot]] = []
@@ -128,7 +138,7 @@ def _gradient(slot: Slot) -> Tensor:
     return slot.parameter.grad
 
 
-def _segment(gradient: Tensor) -> Tensor:
+def segment_of(gradient: Tensor) -> Tensor:
     """The memory of a dense tensor as one dimension, complex numbers as pairs of real ones."""
     flat = gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat

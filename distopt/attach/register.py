@@ -19,7 +19,8 @@ from distopt.comm.communicator import Communicator
 from distopt.errors import RegistrationError, SettingError
 from distopt.reducers.reducer import Reducer, Slot
 
-_REGISTRATION = "_distopt_registration"
+REGISTRATION = "_distopt_registration"
+"""The attribute of a wrapped model that holds its registration."""
 
 
 def register(
@@ -123,7 +124,7 @@ def _register(
     engine.connect(Communicator(group, timeout=timeout))
     registration = Registration(engine, attachment)
     if model is not None:
-        setattr(model, _REGISTRATION, registration)
+        setattr(model, REGISTRATION, registration)
     return registration
 
 
@@ -172,12 +173,17 @@ def _attachment_of(model: DistributedDataParallel, engine: Engine) -> DDPAttachm
 
 
 def _check(model: DistributedDataParallel) -> None:
-    earlier = getattr(model, _REGISTRATION, None)
+    earlier = getattr(model, REGISTRATION, None)
     if earlier is not None:
         raise RegistrationError(
             f"the model is registered already, with {earlier.reducer!r}: set_reducer on its registration changes it"
         )
-    for name, module in model.module.named_modules():
+    refuse_sparse(model.module)
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """Raise a `RegistrationError` if a module's gradients will be sparse."""
+    for name, module in model.named_modules():
         if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             raise RegistrationError(
                 f"{name}.weight has sparse gradients, which cannot be reduced: build the embedding with sparse=False"

@@ -69,6 +69,10 @@ class Attachment(Protocol):
         """Reduce the next steps in this layout, whatever the trainer's buckets are by then."""
         ...
 
+    def gradients(self) -> dict[str, Tensor]:
+        """What there is of ``.grad`` on this rank, by parameter name."""
+        ...
+
     def reduce(self) -> bool:
         """Average the gradients now; tell whether the step was taken. For attachments that no trainer calls."""
         ...
@@ -151,8 +155,7 @@ class Registration:
         if not max_norm > 0:
             raise SettingError("max_norm", max_norm, "a number above 0")
         self._attachment.settle()
-        parameters = {name: slot.parameter for name, slot in self._engine.slots.items()}
-        return clip_(parameters, self._engine.norms, max_norm)
+        return clip_(self._attachment.gradients(), self._engine.norms, max_norm, self._engine.shards)
 
     def set_reducer(self, reducer: Reducer) -> None:
         """Go on with another reducer, or with other settings of this one. Collective, between steps.
@@ -222,7 +225,8 @@ class Registration:
             A new dictionary, the same on every rank, that ``torch.load(..., weights_only=True)`` accepts. Residuals are
             in the unit of unscaled gradients, float32 (float64 for float64 gradients) whatever they are kept in.
             Settings are not part of it: neither the reducer's nor whether it is paused. Byte counts are the mean of all
-            ranks'.
+            ranks'. Of a sharded model residuals are whole, and on the CPU. Factors belong to one piece of a parameter
+            each: with another number of shards they are drawn anew, and nothing is lost by that.
         """
         self._attachment.settle()
         layout = self._attachment.layout()

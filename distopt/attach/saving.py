@@ -1,13 +1,15 @@
 """What a registration saves, and how it goes on from it at any world size."""
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from distopt.attach.engine import Engine, Tally
+from distopt.attach.shards import Shards
 from distopt.errors import StateError
 from distopt.numerics.storage import Packed, Stored, pack, unpack
 from distopt.reducers.memory import storage_of, working_dtype
@@ -21,31 +23,66 @@ FORMAT = 2
 _KEYS = {"format", "reducer", "step", "layout", "tally", "residuals", "factors"}
 
 
-def gather_factors(engine: Engine) -> dict[str, Tensor]:
+def gather_factors(engine: Engine) -> dict[str, Tensor] | bytes:
     """Copies of the factors, in the shortest standard dtype that holds them exactly. Collective.
 
-    Where ranks share the parameters between them, each factor comes from the first rank that has it.
+    Where ranks share the parameters between them, each factor comes from the first rank that has it. Those of shards
+    are put into one piece of bytes, which fits in wherever the number of shards, hence of factors, is another.
     """
     mine = {name: _values(factor).clone() for name, factor in engine.state.factors.items()}
-    return _first_of_each(engine, mine) if engine.divided else mine
+    mine = _first_of_each(engine, mine) if engine.divided else mine
+    if engine.shards is None:
+        return mine
+    buffer = io.BytesIO()
+    torch.save(engine.shards.gather({name: factor.cpu() for name, factor in mine.items()}), buffer)
+    return buffer.getvalue()
+
+
+def _factors_for(engine: Engine, held: Mapping[str, Tensor] | bytes) -> Mapping[str, Tensor]:
+    """What a state holds of this rank's factors; nothing if it is of another number of shards."""
+    parts = [held]
+    if isinstance(held, bytes):
+        try:
+            parts = torch.load(io.BytesIO(held), weights_only=True)
+        except Exception as error:
+            raise StateError(f"the factors cannot be read: {str(error).partition(chr(10))[0]}") from error
+    count, index = (1, 0) if engine.shards is None else (engine.shards.count, engine.shards.index)
+    return cast(Mapping[str, Tensor], parts[index]) if len(parts) == count else {}
 
 
 def average_residuals(engine: Engine) -> dict[str, Tensor]:
     """Replace each residual by its mean over the ranks that keep one, and give the means in unscaled units. Collective.
 
     What is given is not yet rounded to the format that residuals are kept in: whoever loads it rounds it the same way.
+    Of shards it is the whole residual.
     """
     engine.prepare(engine.state)
     means = _mean_residuals(engine)
     residuals = engine.state.residuals
     for name in means.keys() & residuals.keys():
         residuals[name] = _kept_like(residuals[name], means[name])
-    return {name: mean / engine.unit(name) for name, mean in means.items()}
+    means = {name: mean / engine.unit(name) for name, mean in means.items()}
+    return means if engine.shards is None else _whole(engine, engine.shards, means)
+
+
+def _whole(engine: Engine, shards: Shards, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole residuals from pieces; if there is any, of every parameter that may have one with other shards."""
+    slots = [slot for slot in engine.slots.values() if slot.parameter.is_floating_point()]
+    if not slots:
+        return {}
+    kept = shards.anywhere([slot.name in means for slot in slots], slots[0].parameter.device)
+    residuals: dict[str, Tensor] = {}
+    for slot, is_kept in zip(slots, kept, strict=True):
+        if is_kept or (any(kept) and not slot.exempt):
+            none = torch.zeros(slot.parameter.shape, dtype=working_dtype(slot), device=slot.parameter.device)
+            residuals[slot.name] = shards.whole(slot.name, means.get(slot.name, none)).cpu()
+    return residuals
 
 
 def mean_tally(engine: Engine) -> dict[str, int]:
     """The running figures, averaged over the ranks: those that share parameters send different parts. Collective."""
-    everyone = [dataclasses.asdict(tally) for tally in engine.communicator.gather_objects(engine.tally)]
+    communicator = engine.communicator if engine.shards is None else engine.shards.everyone
+    everyone = [dataclasses.asdict(tally) for tally in communicator.gather_objects(engine.tally)]
     return {field: sum(tally[field] for tally in everyone) // len(everyone) for field in everyone[0]}
 
 
@@ -124,11 +161,11 @@ def check_state(state: Mapping[str, Any], engine: Engine) -> None:
     for name in (name for names in state["layout"] for name in names):
         if name not in engine.slots:
             raise StateError(f"the state is of another model: it has {name!r}, which this one has not")
-    residuals, factors = engine.shapes()
-    # What an earlier reducer left behind may be there besides, until its next gradient takes it along.
-    left = {name: slot.parameter.shape for name, slot in engine.slots.items() if slot.parameter.is_floating_point()}
-    _check_shapes("residual", state["residuals"], {**left, **residuals})
-    _check_shapes("factor", state["factors"], factors)
+    _, factors = engine.shapes()
+    # What an earlier reducer left behind may be there too, until its next gradient takes it along.
+    floating = [slot for slot in engine.slots.values() if slot.parameter.is_floating_point()]
+    _check_shapes("residual", state["residuals"], {slot.name: engine.whole_shape(slot) for slot in floating})
+    _check_shapes("factor", _factors_for(engine, state["factors"]), factors)
 
 
 def restore(state: Mapping[str, Any], engine: Engine) -> None:
@@ -137,9 +174,10 @@ def restore(state: Mapping[str, Any], engine: Engine) -> None:
     engine.prepare(fresh)
     anywhere, _ = engine.shapes()
     for name, value in state["residuals"].items():
-        if name in fresh.residuals or name not in anywhere:
-            fresh.residuals[name] = _kept_as(fresh.residuals.get(name), value.to(engine.slots[name].parameter.device))
-    for name, value in state["factors"].items():
+        mine = value if engine.shards is None else engine.shards.mine(name, value)
+        if name in fresh.residuals or (name not in anywhere and bool(mine.any())):
+            fresh.residuals[name] = _kept_as(fresh.residuals.get(name), mine.to(engine.slots[name].parameter.device))
+    for name, value in _factors_for(engine, state["factors"]).items():
         if name in fresh.factors:
             fresh.factors[name] = _kept_like(fresh.factors[name], value)
     engine.restart(fresh)

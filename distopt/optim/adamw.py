@@ -12,7 +12,7 @@ from distopt.attach.exemptions import is_exempt_by_name
 from distopt.errors import DistoptError, SettingError
 from distopt.optim.saving import TORCH_SETTINGS, Shielded, decoded, shield, taken_over
 from distopt.optim.settings import check_settings
-from distopt.optim.state import is_reduced, moment_bytes, new_state, stored
+from distopt.optim.state import is_reduced, moment_bytes, new_state, piece_of, stored
 from distopt.optim.update import Hyper, update_blocks, update_lists, widest
 
 Moments: TypeAlias = Literal["float32", "bfloat16", "packed16"]
@@ -132,7 +132,7 @@ class AdamW(Optimizer):
             4.0
         """
         counted = [(p, state) for p, state in self.state.items() if state and (exempt or is_reduced(state))]
-        elements = sum(parameter.numel() for parameter, _ in counted)
+        elements = sum(piece_of(parameter).numel() for parameter, _ in counted)
         return sum(moment_bytes(state) for _, state in counted) / elements if elements else 0.0
 
     def state_dict(self) -> StateDict:
@@ -205,7 +205,8 @@ class AdamW(Optimizer):
             gradient = _unscaled(parameter.grad, scale)
             if is_reduced(state):
                 key = (self._seed, first + index)
-                update_blocks(hyper, parameter, gradient, stored(state), state["step"].item(), key)
+                pieces = piece_of(parameter), piece_of(gradient)
+                update_blocks(hyper, *pieces, stored(state), state["step"].item(), key)
             else:
                 lists.setdefault((parameter.device, parameter.dtype), []).append((parameter, gradient, state))
         for members in lists.values():

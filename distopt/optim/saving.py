@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 
 from distopt.errors import StateError
-from distopt.optim.state import MOMENTS, is_reduced, new_state, stored
+from distopt.optim.state import MOMENTS, is_reduced, new_state, piece_of, sharded_like, stored
 
 TORCH_SETTINGS = {
     "amsgrad": False,
@@ -38,9 +38,13 @@ class Shielded:
 def decoded(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     """Turn a raw state into the layout of torch's AdamW: a hook that runs when the state is read."""
     states: dict[Any, Any] = {}
+    parameters = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
     for key, state in state_dict["state"].items():
         if state and is_reduced(state):
-            values = {name: moment.decoded() for name, moment in zip(MOMENTS, stored(state), strict=True)}
+            values = {
+                name: sharded_like(moment.decoded(), parameters[key])
+                for name, moment in zip(MOMENTS, stored(state), strict=True)
+            }
             state = {"step": state["step"], **values}
         states[key] = state
     groups = [
@@ -97,7 +101,7 @@ def taken_over(saved: Mapping[str, Any], parameter: Tensor, moments: str) -> dic
     values = {name: cast(Shielded, saved[name]).tensor for name in MOMENTS}
     if is_reduced(state):
         for moment, numbers in zip(stored(state), values.values(), strict=True):
-            moment.encode(numbers)
+            moment.encode(piece_of(numbers))
     else:
         for name, numbers in values.items():
             state[name].copy_(numbers)

@@ -1,6 +1,6 @@
 """What AdamW keeps for a parameter: its step and two moments, under the names that torch gives them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,11 +31,28 @@ def new_state(parameter: Tensor, moments: str) -> dict[str, Any]:
             state[name] = torch.zeros_like(parameter, dtype=widest(parameter.dtype), requires_grad=False)
         return state
     for name, form in zip(MOMENTS, FORMATS[moments], strict=True):
-        moment = Stored.zeros(form, parameter)
+        moment = Stored.zeros(form, piece_of(parameter))
         state[name] = moment.codes
         if form.scaled:
             state[name + "_scales"] = moment.scales
     return state
+
+
+def piece_of(tensor: Tensor) -> Tensor:
+    """This rank's piece of a sharded tensor, in its own memory; anything else as it is."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sharded_like(piece: Tensor, parameter: Tensor) -> Tensor:
+    """The sharded tensor that this rank has a piece of, if the parameter is sharded; else the piece itself."""
+    if not hasattr(parameter, "to_local"):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    whole = cast(DTensor, parameter)
+    return DTensor.from_local(
+        piece, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def is_reduced(state: dict[str, Any]) -> bool:
@@ -55,4 +72,5 @@ def stored(state: dict[str, Any]) -> tuple[Stored, Stored]:
 
 def moment_bytes(state: dict[str, Any]) -> int:
     """Bytes of a parameter's moments, scales included."""
-    return sum(each.numel() * each.element_size() for name, each in state.items() if name != "step")
+    moments = [piece_of(each) for name, each in state.items() if name != "step"]
+    return sum(each.numel() * each.element_size() for each in moments)

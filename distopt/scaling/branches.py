@@ -1,24 +1,13 @@
 """Finding the residual branches of a model, and naming them."""
 
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.exemptions import plain_name
+from distopt.attach.selection import Blocks, select, unwrapped
 from distopt.errors import SettingError
-
-Chain: TypeAlias = nn.Module | Sequence[nn.Module]
-"""A branch: a module, or the modules that it consists of, first to last."""
-
-Blocks: TypeAlias = Mapping[str, Chain] | Iterable[Any] | str | Callable[[nn.Module], Any]
-"""Branches by name or in a row, patterns of their modules' names, or what finds them in a model. Where a pattern
-matches a module and others inside it, the outermost is the branch."""
-
-_ALLOWED = "modules, tuples of modules, a mapping of names to them, or with model= a name pattern or a callable"
 
 
 @dataclass(frozen=True)
@@ -35,11 +24,21 @@ class Branch:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """All its parameters, by a name for messages."""
-        named: dict[str, nn.Parameter] = {}
+        return {name: getattr(module, key) for name, (module, key) in self.owners().items()}
+
+    def owners(self) -> dict[str, tuple[nn.Module, str]]:
+        """By the same names, the module that has each parameter, and what it is called there.
+
+        A sharded module has another object there while it computes.
+        """
+        owners: dict[int, tuple[str, nn.Module, str]] = {}
         for i, module in enumerate(self.modules):
             prefix = f"{self.name}." if len(self.modules) == 1 else f"{self.name}[{i}]."
-            named.update((prefix + name, parameter) for name, parameter in module.named_parameters())
-        return named
+            for path, inner in module.named_modules():
+                for key, parameter in inner.named_parameters(recurse=False):
+                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                    owners.setdefault(id(parameter), (name, inner, key))
+        return {name: (module, key) for name, module, key in owners.values()}
 
 
 def find_branches(blocks: Blocks, model: nn.Module | None = None) -> list[Branch]:
@@ -61,69 +60,9 @@ def find_branches(blocks: Blocks, model: nn.Module | None = None) -> list[Branch
         >>> [branch.name for branch in find_branches("*.mlp", nn.ModuleDict({"a": nn.ModuleDict({"mlp": mlp})}))]
         ['a.mlp']
     """
-    model = _unwrapped(model)
-    names = {} if model is None else {id(module): plain_name(name) for name, module in model.named_modules()}
-    branches = [_branch(item, place, names) for place, item in enumerate(_items(blocks, model))]
-    if not branches:
-        raise SettingError("blocks", blocks, f"something that is not empty: {_ALLOWED}")
-    known = [branch.name for branch in branches]
-    twice = next((name for name in known if known.count(name) > 1), None)
-    if twice is not None:
-        raise SettingError("blocks", twice, "named once: two branches have this name")
-    _check_parameters(branches, model)
+    branches = [Branch(*part) for part in select("blocks", blocks, model)]
+    _check_parameters(branches, unwrapped(model))
     return branches
-
-
-def _unwrapped(model: nn.Module | None) -> nn.Module | None:
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _items(blocks: Any, model: nn.Module | None) -> list[Any]:
-    if isinstance(blocks, str):
-        return _matching([blocks], model)
-    if isinstance(blocks, (nn.ModuleList, nn.ModuleDict, Mapping)):
-        return list(cast(Any, blocks).items()) if not isinstance(blocks, nn.ModuleList) else list(blocks)
-    if isinstance(blocks, nn.Module):
-        raise SettingError("blocks", type(blocks).__name__, f"its residual branches: {_ALLOWED}")
-    if callable(blocks):
-        if model is None:
-            raise SettingError("blocks", blocks, "given together with model=, which it looks through")
-        return _items(blocks(model), model)
-    if not isinstance(blocks, Iterable):
-        raise SettingError("blocks", blocks, _ALLOWED)
-    items = list(cast(Iterable[Any], blocks))
-    return _matching(items, model) if items and all(isinstance(item, str) for item in items) else items
-
-
-def _matching(patterns: Sequence[str], model: nn.Module | None) -> list[Any]:
-    if model is None:
-        raise SettingError("blocks", ", ".join(patterns), "given together with model=, whose modules it names")
-    named = [(plain_name(name), module) for name, module in model.named_modules() if name]
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
-            raise SettingError("blocks", pattern, "a pattern that matches the name of a module, as in '*.mlp'")
-    found: list[tuple[str, nn.Module]] = []
-    for name, module in named:  # an outer module comes before those in it, which are part of it
-        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if not inside and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            found.append((name, module))
-    return found
-
-
-def _branch(item: Any, place: int, names: Mapping[int, str]) -> Branch:
-    name = None
-    if isinstance(item, tuple) and len(cast(tuple[Any, ...], item)) == 2 and isinstance(item[0], str):
-        name, item = cast(tuple[str, Any], item)
-    modules = [item] if isinstance(item, nn.Module) else list(cast(Iterable[Any], item)) if _is_row(item) else []
-    if not modules or not all(isinstance(module, nn.Module) for module in modules):
-        raise SettingError(f"blocks[{place if name is None else repr(name)}]", item, _ALLOWED)
-    found = [names[id(module)] for module in modules if id(module) in names]
-    return Branch(name or (found[-1] if found else str(place)), tuple(modules))
-
-
-def _is_row(item: Any) -> bool:
-    return isinstance(item, (tuple, list, nn.ModuleList))
 
 
 def _check_parameters(branches: Sequence[Branch], model: nn.Module | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ def count_non_finite(parameters: Iterable[nn.Parameter], device: torch.device) -
     found = torch.zeros((), device=device)
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
-        gradient = cast(Tensor, parameter.grad).detach()
+        gradient = _piece(cast(Tensor, parameter.grad).detach())
         gradient = gradient._values() if gradient.is_sparse else gradient
         if gradient.numel() > 0:
             kinds.setdefault((gradient.device, gradient.dtype), []).append(gradient)
@@ -39,7 +39,7 @@ def count_non_finite(parameters: Iterable[nn.Parameter], device: torch.device) -
 
 
 def widen(parameter: nn.Parameter, inverse: Tensor) -> None:
-    """Make the scaled gradient of a 16-bit parameter an unscaled one in float32, which does not underflow.
+    """Make a gradient that is still scaled an unscaled one in float32, which does not underflow.
 
     Args:
         parameter: with a ``.grad``.
@@ -47,5 +47,12 @@ def widen(parameter: nn.Parameter, inverse: Tensor) -> None:
     """
     gradient = cast(Tensor, parameter.grad)
     parameter.grad = None
-    parameter.grad_dtype = None  # pyright: ignore[reportAttributeAccessIssue]  a gradient may have another dtype now
-    parameter.grad = gradient.float() * inverse
+    if gradient.dtype != torch.float32:
+        parameter.grad_dtype = None  # pyright: ignore[reportAttributeAccessIssue]  it may have another dtype now
+    parameter.grad = gradient.float()
+    _piece(parameter.grad).mul_(inverse)
+
+
+def _piece(tensor: Tensor) -> Tensor:
+    """This rank's piece of a sharded tensor, in its own memory; anything else as it is."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,6 +1,7 @@
 """Putting scales into the backward pass of a model's branches."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,26 +11,41 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from distopt.attach.overriding import override_forward
 from distopt.attach.units import GradientScaling, declare, withdraw
 from distopt.errors import RegistrationError
 from distopt.scaling.boundary import enter, leave
 from distopt.scaling.branches import Branch
-from distopt.scaling.overriding import override_forward
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Place:
     """Where a parameter belongs.
 
     Args:
         index: the number of its branch.
         name: what messages call it.
-        narrow: whether it has less than 32 bits, so that its gradient stays scaled.
+        module: whose parameter it is.
+        key: what it is called there.
+        narrow: whether its gradient has less than 32 bits when it arises, so that it stays scaled.
+        seen: whether it has had a gradient so far.
+        met: the object whose gradients are noted.
+        whole: the parameter that an optimizer has, where another object takes its place in forward.
     """
 
     index: int
     name: str
-    narrow: bool
+    module: nn.Module
+    key: str
+    narrow: bool = False
+    seen: bool = False
+    met: "weakref.ref[Tensor] | None" = None
+    whole: "weakref.ref[Tensor] | None" = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is there at present."""
+        return getattr(self.module, self.key)
 
 
 class Gauge:
@@ -50,8 +66,6 @@ class Gauge:
         self.numbers = [0] * count
         """Gradient entries looked at while ``counting``."""
         self.counting = False
-        self.seen: set[int] = set()
-        """Parameters that have had a gradient so far, by ``id``."""
 
     def set(self, log2: Tensor) -> None:
         """Take over scales, rounded down to powers of two, which no gradient loses a bit by."""
@@ -67,9 +81,8 @@ class Gauge:
             self.zeros.zero_()
             self.numbers = [0] * len(self.numbers)
 
-    def look(self, index: int, parameter: Tensor, gradient: Tensor) -> None:
+    def look(self, index: int, gradient: Tensor) -> None:
         """Note a parameter's gradient. The host does not wait for it."""
-        self.seen.add(id(parameter))
         if gradient.numel() == 0:
             return
         largest = torch.linalg.vector_norm(
@@ -85,7 +98,8 @@ class Installation:
     """Branches that run in 16 bits, with their gradients scaled inside.
 
     Every module of a branch runs under ``torch.autocast``, whatever its parameters are; float32 gradients of
-    parameters are unscaled as soon as backward has them, 16-bit ones stay scaled, for they would underflow.
+    parameters are unscaled as soon as backward has them, 16-bit ones stay scaled, for they would underflow. Parameters
+    of sharded modules (`distopt.shard`) are met in forward, where they are whole.
 
     Args:
         branches: where.
@@ -97,23 +111,31 @@ class Installation:
     def __init__(self, branches: Sequence[Branch], dtype: torch.dtype, gauge: Gauge, scaling: GradientScaling) -> None:
         self._gauge = gauge
         self._dtype = dtype
+        self._scaling = scaling
         self._undo: list[Callable[[], None]] = []
-        self.places: dict[int, Place] = {}
-        """The branches' parameters, by ``id``."""
+        self._places: list[Place] = []
         for index, branch in enumerate(branches):
+            places = [Place(index, name, module, key) for name, (module, key) in branch.owners().items()]
+            self._places += places
+            for place in places:
+                if is_sharded(place.parameter):
+                    place.whole = weakref.ref(place.parameter)
+                else:
+                    self._meet(place)
             for module in branch.modules:
-                self._run_in_16_bits(module, index, module is branch.modules[0], module is branch.modules[-1])
-            for name, parameter in branch.parameters().items():
-                place = self.places[id(parameter)] = Place(index, name, torch.finfo(parameter.dtype).bits < 32)
-                if parameter.requires_grad:
-                    self._hook(parameter, place, scaling)
+                first, last = module is branch.modules[0], module is branch.modules[-1]
+                self._run_in_16_bits(module, places if first else [], index, first, last)
 
     def remove(self) -> None:
         """Leave the modules as they were."""
         while self._undo:
             self._undo.pop()()
 
-    def _run_in_16_bits(self, module: nn.Module, index: int, first: bool, last: bool) -> None:
+    def places(self) -> dict[int, Place]:
+        """Where parameters belong, by ``id``; between steps."""
+        return {id(place.parameter): place for place in self._places}
+
+    def _run_in_16_bits(self, module: nn.Module, places: Sequence[Place], index: int, first: bool, last: bool) -> None:
         gauge, dtype = self._gauge, self._dtype
 
         def entering(x: Any) -> Any:
@@ -125,26 +147,49 @@ class Installation:
         def around(inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if first:
                 args, kwargs = pytree.tree_map(entering, (args, kwargs))
+            if not torch.compiler.is_compiling():
+                self._meet_new(places)
             with _autocast(gauge.scale.device, dtype):
                 output = inner(*args, **kwargs)
             return pytree.tree_map(leaving, output) if last else output
 
         self._undo.append(override_forward(module, around))
 
-    def _hook(self, parameter: nn.Parameter, place: Place, scaling: GradientScaling) -> None:
+    def _meet_new(self, places: Sequence[Place]) -> None:
+        """Meet what has taken the place of parameters, as under ``fully_shard``."""
+        for place in places:
+            parameter = place.parameter
+            if (place.met is None or place.met() is not parameter) and not is_sharded(parameter):
+                self._meet(place)
+
+    def _meet(self, place: Place) -> None:
+        parameter, replaced = place.parameter, place.met is not None and place.whole is None
+        place.met = weakref.ref(parameter)
+        place.narrow = torch.finfo(parameter.dtype).bits < 32
+        if not parameter.requires_grad:
+            return
         gauge = self._gauge
 
         def take(gradient: Tensor) -> Tensor:
             if gradient.is_sparse:
                 raise RegistrationError(f"the gradient of {place.name!r} is sparse, which cannot be scaled in a branch")
-            gauge.look(place.index, parameter, gradient)
+            place.seen = True
+            gauge.look(place.index, gradient)
             return gradient if place.narrow else gradient * gauge.inverse[place.index]
 
         handle: RemovableHandle = parameter.register_hook(take)
         self._undo.append(handle.remove)
         if place.narrow:
-            declare(parameter, scaling, place.index)
-            self._undo.append(lambda: withdraw(parameter))
+            whole = parameter if place.whole is None else place.whole()
+            if whole is None or replaced:
+                raise RegistrationError(f"{place.name!r} is sharded since the scaler was made: make it after shard")
+            declare(whole, self._scaling, place.index)
+            self._undo.append(lambda: withdraw(whole))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a parameter, or a gradient, is one rank's piece of a whole."""
+    return hasattr(tensor, "to_local")
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distopt.attach.exemptions import exempt_names, plain_name
+from distopt.attach.overriding import override_forward
+from distopt.attach.selection import Blocks
 from distopt.errors import SettingError
-from distopt.scaling.branches import Blocks, find_branches
-from distopt.scaling.overriding import override_forward
+from distopt.scaling.branches import find_branches
 
 
 def to_16bit(

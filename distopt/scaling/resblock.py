@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distopt.attach.selection import Blocks
 from distopt.comm.agreement import agree
 from distopt.comm.communicator import Communicator
 from distopt.errors import RegistrationError, ScaleError, SettingError, StateError
-from distopt.scaling.branches import Blocks, find_branches
+from distopt.scaling.branches import find_branches
 from distopt.scaling.checks import count_non_finite, widen
-from distopt.scaling.installation import Gauge, Installation
+from distopt.scaling.installation import Gauge, Installation, Place
 from distopt.scaling.policy import Preset, ScalePolicy, Scales, policy_of
 from distopt.scaling.stats import BlockFigures, ScalerStats
 
@@ -128,15 +129,16 @@ class ResblockScaler:
 
         Raises:
             RegistrationError: if it was called since the last `update`, or if a branch's gradient came about
-                unnoticed, as under ``fully_shard``.
+                unnoticed.
         """
         if id(optimizer) in self._findings:
             raise RegistrationError("unscale_ was called for this optimizer since the last update() already")
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._check_seen(parameters)
+        places = self._installation.places()
+        self._check_seen(parameters, places)
         self._findings[id(optimizer)] = self._agree(count_non_finite(parameters, self._gauge.peak.device))
         for parameter in parameters:
-            place = self._installation.places.get(id(parameter))
+            place = places.get(id(parameter))
             if place is not None and place.narrow:
                 widen(parameter, self._gauge.inverse[place.index])
 
@@ -281,13 +283,12 @@ class ResblockScaler:
         count = len(self._names)
         return torch.maximum(mine[:count].amax(), mine[2 * count :].amax())
 
-    def _check_seen(self, parameters: Iterable[nn.Parameter]) -> None:
-        places, seen = self._installation.places, self._gauge.seen
-        missed = next((places[id(p)] for p in parameters if id(p) in places and id(p) not in seen), None)
+    def _check_seen(self, parameters: Iterable[nn.Parameter], places: Mapping[int, Place]) -> None:
+        missed = next((places[id(p)] for p in parameters if id(p) in places and not places[id(p)].seen), None)
         if missed is not None:
             raise RegistrationError(
                 f"{missed.name!r} has a gradient that never passed its hook: it was frozen when the scaler was made, "
-                "or its gradient was set by hand, or the model is wrapped in fully_shard, which is not supported"
+                "or its gradient was set by hand, or the branch was compiled in a sharded model"
             )
 
     def _check_stuck(self) -> None:

@@ -83,7 +83,7 @@ def tied_outside():
     ("blocks", "model", "message"),
     [
         ([], None, "blocks is [], but must be something that is not empty"),
-        (Model(), None, "blocks is 'Model', but must be its residual branches: modules"),
+        (Model(), None, "blocks is 'Model', but must be its parts: modules"),
         (3, None, "blocks is 3, but must be modules"),
         ([3], None, "blocks[0] is 3, but must be modules"),
         ({"a": 3}, None, "blocks['a'] is 3, but must be modules"),

@@ -1,0 +1,1 @@
+"""Parameters sharded inside a node, gradients reduced between nodes."""
