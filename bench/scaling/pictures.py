@@ -14,7 +14,7 @@ from bench.scaling.network import EXIT_AFTER
 
 _INK, _FAINT, _RULE = "#1f2328", "#656d76", "#d0d7de"
 _COLOURS = {"float32": "#1f2328", "one scale": "#d73027", "per branch": "#1f78b4", "per branch, paper": "#f39c12"}
-_SHOWN = {"float32": "float32", "one scale": "float16, one scale", "per branch": "float16, a scale per branch"}
+_SHOWN = {"float32": "float32", "one scale": "one scale", "per branch": "a scale per branch"}
 _DASHES = {"float32": "-", "one scale": "-", "per branch": (0, (4, 2)), "per branch, paper": (0, (1, 1))}
 
 
@@ -32,11 +32,8 @@ def draw(path: Path, records: Sequence[dict[str, Any]], *, on_purpose: bool) -> 
     # A figure of its own, without pyplot: drawing must not depend on what display there is, or change global state.
     figure = Figure(figsize=(9, 6.4), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    title = (
-        f"A spread made on purpose: an early exit after {EXIT_AFTER} branches whose loss weighs $2^{{{hardest}}}$"
-        if on_purpose
-        else "The natural case: the same network without the early exit"
-    )
+    purpose = f"a spread made on purpose: an early exit after {EXIT_AFTER} branches whose loss weighs $2^{{{hardest}}}$"
+    title = "float16, " + (purpose if on_purpose else "the natural case: the same network without the early exit")
     figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=_INK)
     zeros, octaves, train, validation = figure.subplots(2, 2).flat
     _zeros(zeros, mine, [r for r in records if on_purpose and r["exit"] not in (None, hardest)])
@@ -49,16 +46,19 @@ def draw(path: Path, records: Sequence[dict[str, Any]], *, on_purpose: bool) -> 
 def _zeros(axes: Axes, mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> None:
     for way, label in _SHOWN.items():
         for number, record in enumerate(r for r in mine if r["way"] == way and r["zeros"]):
-            _line(axes, way, range(len(record["zeros"])), record["zeros"], label if number == 0 else None)
+            _line(axes, way, range(len(record["zeros"])), _percent(record), label if number == 0 else None)
     others = [r for r in others if r["way"] == "one scale"]
     for place, record in enumerate(others):
         colour = matplotlib.colormaps["Oranges"](0.3 + 0.5 * place / len(others))
-        label = f"one scale, exit weighs $2^{{{record['exit']}}}$"
-        axes.plot(record["zeros"], color=colour, linewidth=1.4, label=label)
+        axes.plot(_percent(record), color=colour, linewidth=1.4, label=f"one scale, $2^{{{record['exit']}}}$")
     axes.set_xlabel("branch, from the first to the last", fontsize=8, color=_FAINT)
-    largest = max((max(r["zeros"], default=0) for r in mine), default=0)
-    axes.set_ylim(*((-0.03, 1.03) if largest > 0.1 else (-0.0003, max(0.01, 1.1 * largest))))
-    _finish(axes, "Share of zeros in weight gradients")
+    largest = max((max(_percent(r), default=0) for r in mine), default=0)
+    axes.set_ylim(*((-3, 103) if largest > 10 else (-0.03, max(1, 1.1 * largest))))
+    _finish(axes, "Zeros in weight gradients, %")
+
+
+def _percent(record: dict[str, Any]) -> list[float]:
+    return [100 * share for share in record["zeros"]]
 
 
 def _losses(axes: Axes, mine: Sequence[dict[str, Any]], figure: str, title: str, smooth: int) -> None:
@@ -97,4 +97,4 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(color=_RULE, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=_FAINT)
-    axes.legend(fontsize=8, frameon=False, labelcolor=_INK)
+    axes.legend(fontsize=8, frameon=False, handlelength=1.6, labelcolor=_INK)
