@@ -1,6 +1,6 @@
 """When does one gradient scale lose what a scale for each residual branch keeps?
 
-    python -m bench.scaling                          # some twenty minutes on one core
+    python -m bench.scaling                          # a quarter of an hour or more on one core
     python -m bench.scaling --redraw                 # figures and tables of the last run again
 
 Trains a GPT-like network of 24 residual branches on the sources of Python's own library, byte by byte. "On purpose" it

@@ -1,5 +1,6 @@
 """The figures: zeros by branch, losses, and scales over a run."""
 
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bench.scaling.network import EXIT_AFTER
 
@@ -40,7 +42,9 @@ def draw(path: Path, records: Sequence[dict[str, Any]], *, on_purpose: bool) -> 
     _octaves(octaves, mine)
     _losses(train, mine, "train", "Training loss", smooth=10)
     _losses(validation, mine, "validation", "Validation loss", smooth=1)
-    figure.savefig(path)
+    whole = io.BytesIO()
+    figure.savefig(whole)
+    Image.open(whole).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _zeros(axes: Axes, mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> None:
@@ -52,7 +56,7 @@ def _zeros(axes: Axes, mine: Sequence[dict[str, Any]], others: Sequence[dict[str
         colour = matplotlib.colormaps["Oranges"](0.3 + 0.5 * place / len(others))
         axes.plot(_percent(record), color=colour, linewidth=1.4, label=f"one scale, $2^{{{record['exit']}}}$")
     axes.set_xlabel("branch, from the first to the last", fontsize=8, color=_FAINT)
-    largest = max((max(_percent(r), default=0) for r in mine), default=0)
+    largest = max((max(_percent(r), default=0) for r in mine if r["way"] in _SHOWN), default=0)
     axes.set_ylim(*((-3, 103) if largest > 10 else (-0.03, max(1, 1.1 * largest))))
     _finish(axes, "Zeros in weight gradients, %")
 
@@ -85,6 +89,8 @@ def _octaves(axes: Axes, mine: Sequence[dict[str, Any]]) -> None:
             axes.plot(curve, color=_COLOURS[way], linestyle=_DASHES[way], linewidth=1.4, label=label)
     axes.plot([], [], color=matplotlib.colormaps["viridis"](0.45), label="per branch (dark: first, light: last)")
     axes.set_xlabel("step", fontsize=8, color=_FAINT)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.35 * (high - low), high)  # room for the legend
     _finish(axes, "Scales, log2")
 
 
