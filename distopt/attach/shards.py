@@ -18,6 +18,23 @@ class Cut(NamedTuple):
     shape: tuple[int, ...]  # of the whole
     dim: int
 
+    def step(self, count: int) -> int:
+        """Length of all pieces along ``dim`` but the last ones, if there are ``count``."""
+        return math.ceil(self.shape[self.dim] / count)
+
+    def length(self, index: int, count: int) -> int:
+        """Length of one piece along ``dim``."""
+        return max(0, min(self.step(count), self.shape[self.dim] - index * self.step(count)))
+
+    def piece(self, index: int, count: int) -> tuple[int, ...]:
+        """Shape of one piece.
+
+        Example:
+            >>> Cut((5, 7), 0).piece(0, 4), Cut((5, 7), 0).piece(2, 4), Cut((5, 7), 0).piece(3, 4)
+            ((2, 7), (1, 7), (0, 7))
+        """
+        return (*self.shape[: self.dim], self.length(index, count), *self.shape[self.dim + 1 :])
+
 
 class Shards:
     """One rank's place among the shards.
@@ -50,9 +67,9 @@ class Shards:
             name: the parameter's.
             whole: on any device.
         """
-        _, dim = self.cuts[name]
-        begin = min(self.index * self._step(name), whole.shape[dim])
-        return whole.narrow(dim, begin, self._length(name, self.index))
+        cut = self.cuts[name]
+        begin = min(self.index * cut.step(self.count), whole.shape[cut.dim])
+        return whole.narrow(cut.dim, begin, cut.length(self.index, self.count))
 
     def whole(self, name: str, mine: Tensor) -> Tensor:
         """The tensor that the ranks of a replica hold one piece of each. Collective.
@@ -64,13 +81,14 @@ class Shards:
         Returns:
             The same on every rank of the replica.
         """
-        _, dim = self.cuts[name]
-        padded = mine.new_zeros([self._step(name) if i == dim else side for i, side in enumerate(mine.shape)])
+        cut = self.cuts[name]
+        dim, step = cut.dim, cut.step(self.count)
+        padded = mine.new_zeros([step if i == dim else side for i, side in enumerate(mine.shape)])
         padded.narrow(dim, 0, mine.shape[dim]).copy_(mine)
         if padded.numel() == 0:
-            return mine.new_zeros(self.cuts[name].shape)
+            return mine.new_zeros(cut.shape)
         pieces = self.communicator.answer(Gather(padded, returning=True))
-        lengths = [self._length(name, rank) for rank in range(self.count)]
+        lengths = [cut.length(rank, self.count) for rank in range(self.count)]
         return torch.cat([p.narrow(dim, 0, length) for p, length in zip(pieces, lengths, strict=True)], dim)
 
     def norm(self, norm: Tensor) -> Tensor:
@@ -118,11 +136,3 @@ class Shards:
     def gather(self, value: Any) -> list[Any]:
         """What every shard has, in their order. Collective."""
         return self.communicator.gather_objects(value)
-
-    def _step(self, name: str) -> int:
-        shape, dim = self.cuts[name]
-        return math.ceil(shape[dim] / self.count)
-
-    def _length(self, name: str, rank: int) -> int:
-        shape, dim = self.cuts[name]
-        return max(0, min(self._step(name), shape[dim] - rank * self._step(name)))

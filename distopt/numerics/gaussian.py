@@ -20,6 +20,23 @@ def seeded_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def seeded_generator_on(device: torch.device, *key: int | str) -> torch.Generator:
+    """As `seeded_generator`, for tensors on ``device``; the numbers differ from one kind of device to another.
+
+    Args:
+        device: where numbers will be drawn; on the meta device none are.
+        key: what the numbers are for.
+
+    Example:
+        >>> seeded_generator_on(torch.device("cpu"), 0, "w").device.type
+        'cpu'
+    """
+    generator = seeded_generator(*key)
+    if device.type in ("cpu", "meta"):
+        return generator
+    return torch.Generator(device).manual_seed(generator.initial_seed())
+
+
 def seeded_gaussian(rows: int, columns: int, *key: int | str) -> Tensor:
     """Draw a standard normal matrix that depends on its key alone.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distopt.errors import SettingError
-from distopt.numerics.gaussian import seeded_generator
+from distopt.numerics.gaussian import seeded_generator_on
 from distopt.numerics.minifloat import FLOAT_1_6_9, MiniFloat, dither_, finite_range, piecewise
 
 StorageDtype: TypeAlias = torch.dtype | Literal["1-6-9"]
@@ -97,7 +97,7 @@ def pack(tensor: Tensor, dtype: StorageDtype | None, *key: int | str) -> Stored:
         return tensor if dtype is None else tensor.to(dtype)
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
-    generator = _generator_on(tensor.device, key) if key else None
+    generator = seeded_generator_on(tensor.device, "pack", *key) if key else None
     if dtype == torch.bfloat16:
         return _bfloat16(tensor.detach(), generator)
     if dtype in (torch.float16, "1-6-9"):
@@ -146,11 +146,6 @@ def nbytes(stored: Stored) -> int:
     """
     tensor = stored.codes if isinstance(stored, Packed) else stored
     return tensor.numel() * tensor.element_size()
-
-
-def _generator_on(device: torch.device, key: tuple[int | str, ...]) -> torch.Generator:
-    generator = seeded_generator("pack", *key)
-    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())
 
 
 def _storable(tensor: Tensor, spacing: float) -> tuple[Tensor, float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from distopt.comm.requests import Gather, Request, Swap
 from distopt.numerics.codecs import Codec
 from distopt.numerics.finite import all_finite
-from distopt.numerics.gaussian import seeded_generator
+from distopt.numerics.gaussian import seeded_generator_on
 from distopt.reducers.reducer import Place
 
 
@@ -57,7 +57,7 @@ def coded_average(parts: Sequence[Coded], place: Place, *key: int | str) -> Gene
         One `Sent` a part. It holds NaN or infinities wherever an input did.
     """
     world = place.world_size
-    generator = _generator_on(parts[0].tensor.device, *key, place.rank)
+    generator = seeded_generator_on(parts[0].tensor.device, *key, place.rank)
     rows = [_rows(part.tensor, world) for part in parts]
     codes = [part.codec.encode(r, generator) for part, r in zip(parts, rows, strict=True)]
     sizes = [code.shape[1] for code in codes]
@@ -102,8 +102,3 @@ def _rows(tensor: Tensor, world: int) -> Tensor:
     """The tensor cut into as many equal rows as there are ranks, filled up with zeros."""
     missing = -tensor.numel() % world
     return (torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor).view(world, -1)
-
-
-def _generator_on(device: torch.device, *key: int | str) -> torch.Generator:
-    generator = seeded_generator(*key)
-    return generator if device.type == "cpu" else torch.Generator(device).manual_seed(generator.initial_seed())

@@ -25,7 +25,7 @@ from distopt.errors import DistoptError, RegistrationError, SettingError
 from distopt.reducers.allreduce import AllReduce
 from distopt.reducers.reducer import Reducer, Slot
 from distopt.sharding.mesh import Grid, grid_of
-from distopt.sharding.units import find_units, prefetch, recompute_in_backward
+from distopt.sharding.units import find_units, names_by_unit, prefetch, recompute_in_backward
 
 
 class _Options(NamedTuple):
@@ -185,13 +185,7 @@ def _cut(model: nn.Module, parts: list[Part], mesh: DeviceMesh, options: _Option
     sharded = [cast(FSDPModule, part.modules[0]) for part in parts]
     if options.prefetch:
         prefetch(cast(FSDPModule, model), sharded)
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
-    managed: dict[FSDPModule, list[str]] = {}
-    for module, part in zip(sharded, parts, strict=True):
-        inside = {id(p): None for m in part.modules for p in m.parameters()}
-        managed[module] = [names.pop(i) for i in inside]
-    managed[cast(FSDPModule, model)] = list(names.values())
-    return managed
+    return dict(zip([*sharded, cast(FSDPModule, model)], names_by_unit(parts, model), strict=True))
 
 
 def _slot(name: str, parameter: nn.Parameter, exempt: bool) -> Slot:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distopt.attach.exemptions import plain_name
 from distopt.attach.overriding import override_forward
+from distopt.attach.replicas import named_parameters
 from distopt.attach.selection import Blocks, Part, select
 from distopt.errors import SettingError
 
@@ -46,6 +47,23 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
         raise SettingError("units", nested.name, f"outside of the others: it is a part of {outer.name}")
     _check_ties(parts, model)
     return parts
+
+
+def names_by_unit(parts: Sequence[Part], model: nn.Module) -> list[list[str]]:
+    """Names of the parameters that are gathered together: those of each unit, and in the end all others.
+
+    Args:
+        parts: the units, as `find_units` gives them.
+        model: that they are parts of.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+        >>> names_by_unit(find_units([model[0]], model), model)
+        [['0.weight', '0.bias'], ['1.weight']]
+    """
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    inside = [{id(p): None for module in part.modules for p in module.parameters()} for part in parts]
+    return [*([names.pop(i) for i in unit] for unit in inside), list(names.values())]
 
 
 def recompute_in_backward(module: nn.Module) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
@@ -81,9 +82,15 @@ def optimizer_of(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
 
 
+def by_columns(parameter):
+    """A placement: the last matrix of each block is cut along its second dimension."""
+    return Shard(1) if parameter.shape == (WIDTH, 2 * WIDTH) else None
+
+
 def sharded(shape, reducer, model=None, **options):
     """A sharded model and its registration."""
     model = model or Model()
+    options.setdefault("shard_placement_fn", by_columns)
     return model, distopt.shard(model, "blocks.?", mesh=mesh_of(shape), reducer=reducer, **options)
 
 

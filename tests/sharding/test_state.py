@@ -51,8 +51,9 @@ def whole_means(registration, replicas):
         if kept is not None:
             mine.copy_(unpack(kept, torch.float64))
         full = torch.zeros(engine.shards.cuts[name].shape, dtype=torch.float64)
-        begin = sum(engine.shards._length(name, i) for i in range(engine.shards.index))
-        full[begin : begin + len(mine)] = mine / replicas
+        cut = engine.shards.cuts[name]
+        begin = sum(cut.length(i, engine.shards.count) for i in range(engine.shards.index))
+        full.narrow(cut.dim, begin, mine.shape[cut.dim]).copy_(mine / replicas)
         dist.all_reduce(full)
         found[name] = full
     return found
