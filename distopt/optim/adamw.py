@@ -135,6 +135,23 @@ class AdamW(Optimizer):
         elements = sum(piece_of(parameter).numel() for parameter, _ in counted)
         return sum(moment_bytes(state) for _, state in counted) / elements if elements else 0.0
 
+    def expected_moment_bytes(self) -> int:
+        """Say how many bytes the moments of all parameters will take, once each has had a gradient.
+
+        Nothing is allocated for parameters on the meta device.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64, device="meta"))
+            >>> AdamW([weight], moments="bfloat16").expected_moment_bytes()
+            16384
+        """
+        return sum(
+            moment_bytes(new_state(parameter, self._kind(group, index)))
+            for group in self.param_groups
+            for index, parameter in enumerate(group["params"])
+            if parameter.requires_grad
+        )
+
     def state_dict(self) -> StateDict:
         """Give the state in the layout of ``torch.optim.AdamW``, moments in float32 at least.
 

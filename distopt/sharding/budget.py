@@ -90,20 +90,17 @@ def budget(
         >>> mine.parameters / 2**20, round(mine.saving, 3)
         (16.0, 0.965)
     """
-    for field, number in (("shards", shards), ("replicas", replicas)):
-        if number < 1:
-            raise SettingError(field, number, "an integer of at least 1")
-    if not 0 <= index < shards:
-        raise SettingError("index", index, f"from 0 to {shards - 1}")
+    if replicas < 1:
+        raise SettingError("replicas", replicas, "an integer of at least 1")
     parameters, exempt = named_parameters(model), {plain_name(name) for name in exempt_names(model)}
     reducer, place = AllReduce() if reducer is None else reducer, Place(0, replicas)
     kept = trained = 0
     whole: list[int] = []
     counts: list[Rehearsal] = []
+    mine = pieces(model, shards=shards, shard_placement_fn=shard_placement_fn, index=index)
     for names in names_by_unit(find_units(units, model), model):
-        pieces = {name: _piece(parameters[name], shard_placement_fn, index, shards) for name in names}
-        slots = [Slot(name, p, exempt=name in exempt) for name, p in pieces.items() if p.requires_grad]
-        kept += sum(nbytes(piece) for piece in pieces.values())
+        slots = [Slot(name, mine[name], exempt=name in exempt) for name in names if mine[name].requires_grad]
+        kept += sum(nbytes(mine[name]) for name in names)
         trained += sum(nbytes(slot.parameter) for slot in slots)
         whole.append(sum(nbytes(parameters[name]) for name in names))
         if slots and replicas > 1:
@@ -121,11 +118,36 @@ def budget(
     )
 
 
-def _piece(
-    parameter: nn.Parameter, placement_fn: Callable[[nn.Parameter], Any] | None, index: int, shards: int
-) -> nn.Parameter:
-    """What one rank has of a parameter, on the meta device."""
-    placement = None if placement_fn is None else placement_fn(parameter)
-    cut = Cut(tuple(parameter.shape), 0 if placement is None else placement.dim)
-    piece = torch.empty(cut.piece(index, shards), dtype=parameter.dtype, device="meta")
-    return nn.Parameter(piece, requires_grad=parameter.requires_grad)
+def pieces(
+    model: nn.Module,
+    *,
+    shards: int,
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
+    index: int = 0,
+) -> dict[str, nn.Parameter]:
+    """Give what one rank will have of every parameter, on the meta device: of no use but for its shape and dtype.
+
+    Args:
+        model: as for `budget`.
+        shards: as for `budget`.
+        shard_placement_fn: as for `budget`.
+        index: as for `budget`.
+
+    Raises:
+        SettingError: if a number is out of its range.
+
+    Example:
+        >>> pieces(nn.Linear(3, 5), shards=2, index=1)["weight"].shape
+        torch.Size([2, 3])
+    """
+    if shards < 1:
+        raise SettingError("shards", shards, "an integer of at least 1")
+    if not 0 <= index < shards:
+        raise SettingError("index", index, f"from 0 to {shards - 1}")
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in named_parameters(model).items():
+        placement = None if shard_placement_fn is None else shard_placement_fn(parameter)
+        cut = Cut(tuple(parameter.shape), 0 if placement is None else placement.dim)
+        piece = torch.empty(cut.piece(index, shards), dtype=parameter.dtype, device="meta")
+        found[name] = nn.Parameter(piece, requires_grad=parameter.requires_grad)
+    return found

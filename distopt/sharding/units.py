@@ -13,7 +13,7 @@ from distopt.attach.exemptions import plain_name
 from distopt.attach.overriding import override_forward
 from distopt.attach.replicas import named_parameters
 from distopt.attach.selection import Blocks, Part, select
-from distopt.errors import SettingError
+from distopt.errors import RegistrationError, SettingError
 
 
 def find_units(units: Blocks, model: nn.Module) -> list[Part]:
@@ -24,6 +24,7 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
         model: that they are parts of.
 
     Raises:
+        RegistrationError: if a parameter has no dimension.
         SettingError: if something is no module of the model, lies inside another unit, or has a parameter in common
             with what is outside of it.
 
@@ -32,6 +33,9 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
         >>> [unit.name for unit in find_units("blocks.*", model)]
         ['blocks.0', 'blocks.1']
     """
+    for name, parameter in named_parameters(model).items():
+        if parameter.dim() == 0:
+            raise RegistrationError(f"{name!r} has no dimension to cut it along: make its shape (1,)")
     parts = select("units", units, model)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
     for part in parts:

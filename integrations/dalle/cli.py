@@ -12,7 +12,20 @@ from typing import NoReturn
 from distopt.errors import DistoptError
 
 from . import launch, runs
-from .settings import MAX_SEED, PRECISIONS, DemoSettings, InputError, TrainSettings, build, check_batch, load_toml
+from .settings import (
+    MAX_SEED,
+    PRECISIONS,
+    PRESETS,
+    DemoSettings,
+    InputError,
+    TrainSettings,
+    build,
+    check_batch,
+    check_shard,
+    load_toml,
+    merged,
+    preset,
+)
 
 _EXAMPLES = """examples:
   distopt-dalle demo                                   train and score the drawn task, about 10 minutes on two cores
@@ -63,13 +76,16 @@ def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
         reducer=parsed.reducer,
         rank=parsed.rank,
         precision=parsed.precision,
+        shard=parsed.shard,
     )
     out: Path = parsed.out
     place = launch.place()
+    check_shard(settings, parsed.ranks if place is None else place.world_size)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
     if place is None or place.rank == 0:
         _writable_folder("--out", out)
     if place is None:
+        launch.check_startable(parsed.ranks)
         return launch.start(given, parsed.ranks, out / "error.txt")
     from .demo import run
     from .ranks import work
@@ -84,13 +100,16 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     if out.resolve() == data.resolve() or data.resolve() in out.resolve().parents:
         raise InputError(f"--out {out}: lies in the data folder {data}, whose pictures would mix with the run's own")
     place = launch.place()
-    check_batch(settings, parsed.ranks if place is None else place.world_size)
+    ranks = parsed.ranks if place is None else place.world_size
+    check_shard(settings, ranks)
+    check_batch(settings, ranks)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
     if parsed.check:
         if place is None or place.rank == 0:
-            _check_only(settings, data, out)
+            _check_only(settings, data, out, ranks)
         return 0
     if place is None:
+        launch.check_startable(parsed.ranks)
         from .pictures import read_folder
 
         # Read once, here: every reason to refuse the folder is known before a process is started.
@@ -108,22 +127,25 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     return work(place, parsed.device, settings.seed, lambda context: run(settings, data, out, context, read=not ours))
 
 
-def _check_only(settings: TrainSettings, data: Path, out: Path) -> None:
+def _check_only(settings: TrainSettings, data: Path, out: Path, ranks: int) -> None:
     from .pictures import read_folder
+    from .plan import plan_lines
+    from .train import recipe_of
 
     pictures = read_folder(data, settings.size)
     pictures.require(settings.held_out)
     _could_be_written("--out", out)
-    for line in pictures.summary():
+    for line in (*pictures.summary(), *plan_lines(recipe_of(settings), ranks, len(pictures.names))):
         print(line)
     print("settings and data are fine; --check ends here")
 
 
 def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
-    table = {} if parsed.config is None else load_toml(parsed.config)
+    table = {} if parsed.preset is None else preset(parsed.preset)
+    own = {} if parsed.config is None else load_toml(parsed.config)
     settings = TrainSettings()
     try:
-        settings = build(TrainSettings, table)
+        settings = build(TrainSettings, merged(table, own))
     except DistoptError as error:
         raise InputError(f"--config {parsed.config}: {error}") from None
     stage1, stage2 = settings.stage1, settings.stage2
@@ -131,7 +153,11 @@ def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
         stage1 = dataclasses.replace(stage1, steps=parsed.steps_1)
     if parsed.steps_2 is not None:
         stage2 = dataclasses.replace(stage2, steps=parsed.steps_2)
-    flags = {name: getattr(parsed, name) for name in ("size", "seed", "precision") if getattr(parsed, name) is not None}
+    flags = {
+        name: getattr(parsed, name)
+        for name in ("size", "seed", "precision", "shard")
+        if getattr(parsed, name) is not None
+    }
     return dataclasses.replace(settings, stage1=stage1, stage2=stage2, **flags)
 
 
@@ -195,10 +221,14 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_precision(demo, "fp32")
+    _add_shard(demo, 1)
 
     train = command("train", _train, "Train both stages on a folder of pictures with captions: name.jpg and name.txt.")
     train.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, searched with its subfolders")
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if missing")
+    train.add_argument(
+        "--preset", choices=PRESETS, help="settings of the paper's sizes, which --config and flags change"
+    )
     train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
     _add_ranks(train)
     _add_steps(train, "overrides the configuration")
@@ -207,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seed", type=_whole(0, MAX_SEED), metavar="N", help="default: 0")
     _add_precision(train, None)
+    _add_shard(train, None)
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
     sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
@@ -223,12 +254,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     meaning = "processes that train together (default: 2; under torchrun, those that it started)"
-    parser.add_argument("--ranks", type=_whole(1, 64), default=2, metavar="N", help=meaning)
+    parser.add_argument("--ranks", type=_whole(1, 65_536), default=2, metavar="N", help=meaning)
 
 
 def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
     meaning = "type of matrix products; 16-bit ones bring gradient scales and 16-bit moments along (default: fp32)"
     parser.add_argument("--precision", choices=PRECISIONS, default=default, help=meaning)
+
+
+def _add_shard(parser: argparse.ArgumentParser, default: int | None) -> None:
+    meaning = "ranks that hold one copy of the model together: --shard 2 --ranks 4 trains two copies (default: 1)"
+    parser.add_argument("--shard", type=_whole(1, 1024), default=default, metavar="N", help=meaning)
 
 
 def _add_steps(parser: argparse.ArgumentParser, remark: str) -> None:

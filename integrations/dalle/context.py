@@ -1,13 +1,15 @@
 """What a training stage is given and gives back: the seams between the data, the two stages and the commands."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
@@ -56,7 +58,8 @@ class Context:
         world_size: processes that train together; each sees its own part of the global batch.
         device: where the model lives.
         seed: decides initial weights and every batch.
-        reducer: the ``distopt`` reducer to register on DDP; ``None`` trains in this process alone.
+        reducer: the ``distopt`` reducer that averages gradients; ``None`` trains in this process alone.
+        shards: ranks that hold one copy of the model together; with 1, every rank has its own under DDP.
         precision: "fp32", "bf16" or "fp16": what products are computed in.
         journal: receives losses and metrics; ``None`` stays silent.
     """
@@ -66,6 +69,7 @@ class Context:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     reducer: distopt.AllReduce | distopt.PowerSGD | None = None
+    shards: int = 1
     precision: str = "fp32"
     journal: Journal | None = None
 
@@ -110,15 +114,22 @@ class StageResult:
 
 
 def distribute(
-    module: nn.Module, context: Context, grad_scaler: torch.amp.GradScaler | None = None
+    module: nn.Module,
+    context: Context,
+    units: Sequence[nn.Module],
+    *,
+    by_columns: Sequence[nn.Parameter] = (),
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[nn.Module, distopt.Registration | None]:
-    """Wrap a stage's module in DDP with the context's reducer, where there are processes to train with.
+    """Shard a stage's module inside each node, or wrap it in DDP, with the context's reducer between the copies.
 
-    This is all that makes a stage distributed.
+    This is all that makes a stage distributed. Nothing happens where there are no processes to train with.
 
     Args:
-        module: what is trained.
+        module: what is trained; its optimizer is made afterwards.
         context: the surroundings.
+        units: its residual blocks, which are gathered one at a time and computed again in backward if it is sharded.
+        by_columns: matrices that are cut along their second dimension, where that can be done evenly.
         grad_scaler: what scales the loss, where the whole loss is scaled.
 
     Returns:
@@ -126,6 +137,27 @@ def distribute(
     """
     if context.reducer is None or not dist.is_initialized():
         return module, None
+    if context.shards > 1:
+        shape = (context.world_size // context.shards, context.shards)
+        return module, distopt.shard(
+            module,
+            units,
+            mesh=init_device_mesh(context.device.type, shape, mesh_dim_names=("replica", "shard")),
+            reducer=context.reducer,
+            grad_scaler=grad_scaler,
+            shard_placement_fn=placement(by_columns, context.shards),
+        )
     ids = [context.device.index] if context.device.type == "cuda" else None
     wrapped = DistributedDataParallel(module, device_ids=ids)
     return wrapped, distopt.register(wrapped, context.reducer, grad_scaler=grad_scaler)
+
+
+def placement(by_columns: Sequence[nn.Parameter], shards: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Tell ``fully_shard`` how to cut each parameter.
+
+    Args:
+        by_columns: see `distribute`.
+        shards: how many pieces.
+    """
+    columns = {id(matrix) for matrix in by_columns if matrix.shape[1] % shards == 0}
+    return lambda parameter: Shard(1) if id(parameter) in columns else None

@@ -93,6 +93,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         sampling=SamplingSettings(),
         reducers=(first, second),
         precision=settings.precision,
+        shards=settings.shard,
     )
 
 

@@ -24,6 +24,8 @@ from .settings import InputError
 MEETING = "DISTOPT_MEETING"
 """Environment variable: the folder where ranks that we started find each other and leave word of their errors."""
 _COMMAND = "distopt.integrations.dalle"
+_MOST = 64
+"""Ranks that `start` may start."""
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
@@ -115,6 +117,16 @@ def start(arguments: Sequence[str], ranks: int, error_log: Path, module: str = _
         if processes and sys.stdout.isatty():
             # A rank that was ended in the middle of its progress bar leaves the cursor hidden.
             print("\x1b[?25h", end="", flush=True)
+
+
+def check_startable(ranks: int) -> None:
+    """Refuse to start more processes than one machine is for.
+
+    Raises:
+        InputError: there are too many; names another way.
+    """
+    if ranks > _MOST:
+        raise InputError(f"--ranks {ranks}: at most {_MOST} are started here; torchrun starts them on several machines")
 
 
 def check_devices(device: str, ranks: int) -> None:

@@ -151,13 +151,17 @@ def adamw(groups: Iterable[Any], context: Context, **rules: Any) -> Optimizer:
     return distopt.optim.AdamW(groups, **rules, moments="packed16", max_variance=_MAX_VARIANCE)
 
 
-def reducer(name: str, rank: int, precision: str) -> distopt.AllReduce | distopt.PowerSGD:
+def reducer(
+    name: str, rank: int, precision: str, *, wire: str = "float32", separate: bool = False
+) -> distopt.AllReduce | distopt.PowerSGD:
     """How gradients are averaged; in 16 bits with 16-bit residuals and factors.
 
     Args:
         name: "allreduce" or "powersgd".
         rank: of PowerSGD.
         precision: "fp32", "bf16" or "fp16".
+        wire: what PowerSGD's factors travel in: "float32", "bfloat16" or "float16".
+        separate: whether PowerSGD takes queries, keys and values apart.
 
     Example:
         >>> reducer("powersgd", 4, "fp16").residual_dtype
@@ -165,6 +169,11 @@ def reducer(name: str, rank: int, precision: str) -> distopt.AllReduce | distopt
     """
     if name == "allreduce":
         return distopt.AllReduce()
-    if precision == "fp32":
-        return distopt.PowerSGD(rank=rank)
-    return distopt.PowerSGD(rank=rank, residual_dtype="1-6-9", factor_dtype="1-6-9")
+    kept = None if precision == "fp32" else "1-6-9"
+    return distopt.PowerSGD(
+        rank=rank,
+        residual_dtype=kept,
+        factor_dtype=kept,
+        wire_dtype=None if wire == "float32" else getattr(torch, wire),
+        stacked={"*.attention_in.weight": 3} if separate else None,
+    )

@@ -44,6 +44,7 @@ class Recipe:
         sampling: how image tokens are drawn.
         reducers: how the gradients of each stage are averaged.
         precision: "fp32", "bf16" or "fp16".
+        shards: ranks that hold one copy of the model together.
     """
 
     dvae: DVAESettings
@@ -55,10 +56,14 @@ class Recipe:
     sampling: SamplingSettings
     reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
     precision: str = "fp32"
+    shards: int = 1
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
         ranks = f"{context.world_size} rank{'s' if context.world_size > 1 else ''} on {context.device.type}"
+        if self.shards > 1:
+            copies = context.world_size // self.shards
+            ranks += f", {copies} cop{'ies' if copies > 1 else 'y'} of the model on {self.shards} shards each"
         if self.precision != "fp32":
             ranks += f" in {self.precision}"
         averaged = [
@@ -74,6 +79,7 @@ class Recipe:
             "stage2": dataclasses.asdict(self.stage2),
             "communication": [repr(reducer) for reducer in self.reducers],
             "precision": self.precision,
+            "shards": self.shards,
         }
 
 
@@ -138,7 +144,7 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
     text_length = min(recipe.text_length, tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT)
     with journal.stage(STAGES[0]) as stage:
         surroundings = dataclasses.replace(
-            context, reducer=recipe.reducers[0], precision=recipe.precision, journal=stage
+            context, reducer=recipe.reducers[0], shards=recipe.shards, precision=recipe.precision, journal=stage
         )
         stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
     dvae: Any = stage1.model.eval()

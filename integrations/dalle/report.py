@@ -117,7 +117,7 @@ def stage_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in ("stage1", "stage2"):
         stage = report[name]
-        sent, whole = _bytes(stage["bytes_sent"]), _bytes(stage["bytes_uncompressed"])
+        sent, whole = bytes_in_words(stage["bytes_sent"]), bytes_in_words(stage["bytes_uncompressed"])
         lines.append(
             f"{name.replace('stage', 'stage ')}: loss {_number(stage['final_loss'])} after {stage['steps']} steps, "
             f"{stage['wall_seconds']:.0f} s; {sent} sent instead of {whole}: "
@@ -160,7 +160,13 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def _bytes(count: float) -> str:
+def bytes_in_words(count: float) -> str:
+    """A number of bytes to three digits.
+
+    Example:
+        >>> bytes_in_words(3.0236e9)
+        '3.02 GB'
+    """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

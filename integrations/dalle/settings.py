@@ -15,6 +15,9 @@ from distopt.errors import DistoptError, SettingError
 
 MAX_SEED = 2**63 - 1
 PRECISIONS = ("fp32", "bf16", "fp16")
+WIRES = ("float32", "bfloat16", "float16")
+PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
+"""Files of settings that are installed with the package, by name."""
 _T = TypeVar("_T")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
 
@@ -39,6 +42,7 @@ class Stage1Options:
     batch: int | None = _number(None, 1, 65_536, "pictures a step, over all ranks")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
     codes: int | None = _number(None, 2, 65_536, "size of the codebook")
+    patch: int = _number(4, 1, 64, "side of the pixels under one token; divides the size of the pictures")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,10 @@ class CommunicationOptions:
     """The table ``[communication]``: how the ranks average their gradients."""
 
     reducer: str = _choice("powersgd", ("powersgd", "allreduce"), "compressed, or exact")
-    rank: int = _number(4, 1, 1024, "rank of the compressed gradient: higher costs more and loses less")
+    rank: int = _number(4, 1, 1024, "rank of the compressed gradient, of each shard's: higher costs more, loses less")
+    wire: str = _choice("float32", WIRES, "type that the compressed gradient travels in")
+    separate: bool = False
+    """Compress queries, keys and values apart; the shards must divide the width."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,12 +84,14 @@ class TrainSettings:
     """Everything that ``distopt-dalle train`` can be told by its TOML file, which has these names and tables.
 
     Args:
-        size: side of the squares that pictures are cut and resized to, in pixels; a multiple of 4.
+        size: side of the squares that pictures are cut and resized to, in pixels; a multiple of ``stage1.patch``.
         seed: decides initial weights, batches and samples.
         held_out: fraction of the pictures that is never trained on, chosen by a hash of their names.
         shift: augmentation: move pictures by up to so many pixels (0: as they are; never mirrored, for text's sake).
         precision: "fp32", "bf16" or "fp16": what products are computed in; 16 bits bring scaled gradients along, and
             16-bit moments and residuals.
+        shard: ranks that hold one copy of the model together; they divide the number of ranks. With 1 every rank has
+            its own.
         stage1: the discrete VAE.
         stage2: the transformer.
         communication: how gradients are averaged.
@@ -94,14 +103,15 @@ class TrainSettings:
     Example:
         >>> TrainSettings(size=30)
         Traceback (most recent call last):
-        distopt.errors.SettingError: size is 30, but must be a multiple of 4
+        distopt.errors.SettingError: size is 30, but must be a multiple of stage1.patch, which is 4
     """
 
-    size: int = _number(32, 8, 512, "side of the pictures in pixels, a multiple of 4")
+    size: int = _number(32, 8, 512, "side of the pictures in pixels, a multiple of stage1.patch")
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
     held_out: float = _number(0.1, 0.0, 0.9, "fraction of the pictures that is never trained on")
     shift: int = _number(0, 0, 64, "move training pictures by up to so many pixels")
     precision: str = _choice("fp32", PRECISIONS, "what products are computed in")
+    shard: int = _number(1, 1, 1024, "ranks that hold one copy of the model together")
     stage1: Stage1Options = Stage1Options()
     stage2: Stage2Options = Stage2Options()
     communication: CommunicationOptions = CommunicationOptions()
@@ -109,11 +119,15 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.size % 4:
-            raise SettingError("size", self.size, "a multiple of 4")
+        if self.size % self.stage1.patch:
+            raise SettingError("size", self.size, f"a multiple of stage1.patch, which is {self.stage1.patch}")
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
+        if self.communication.separate and width % self.shard:
+            raise SettingError(
+                "stage2.width", width, f"a multiple of shard, which is {self.shard}, for separate = true"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +141,7 @@ class DemoSettings:
         reducer: "powersgd" or "allreduce".
         rank: of PowerSGD; ``None`` is the demo's own.
         precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
+        shard: as for ``TrainSettings``.
         n: captions scored in each split.
 
     Raises:
@@ -139,10 +154,26 @@ class DemoSettings:
     reducer: str = _choice("powersgd", ("powersgd", "allreduce"), "compressed, or exact")
     rank: int | None = _number(None, 1, 1024, "rank of the compressed gradient")
     precision: str = _choice("fp32", PRECISIONS, "what products are computed in")
+    shard: int = _number(1, 1, 1024, "ranks that hold one copy of the model together")
     n: int = _number(400, 1, 100_000, "captions scored in each split")
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def check_shard(settings: TrainSettings | DemoSettings, ranks: int) -> None:
+    """Refuse copies of the model that cannot be divided over the ranks.
+
+    Raises:
+        SettingError: names both numbers.
+
+    Example:
+        >>> check_shard(DemoSettings(shard=2), 3)
+        Traceback (most recent call last):
+        distopt.errors.SettingError: shard is 2, but must be a divisor of the number of ranks, which is 3
+    """
+    if ranks % settings.shard:
+        raise SettingError("shard", settings.shard, f"a divisor of the number of ranks, which is {ranks}")
 
 
 def check_batch(settings: TrainSettings, ranks: int) -> None:
@@ -205,6 +236,30 @@ def build(kind: type[_T], table: Mapping[str, Any], prefix: str = "") -> _T:
             value = _check_value(prefix + name, value, field, allowed)
         values[name] = value
     return kind(**values)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Read one of `PRESETS`.
+
+    Example:
+        >>> preset("paper-12b")["stage2"]["layers"]
+        64
+    """
+    return load_toml(Path(__file__).with_name("presets") / f"{name}.toml")
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one table over another, tables inside them likewise.
+
+    Example:
+        >>> merged({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}})
+        {'a': {'x': 1, 'y': 4}, 'b': 3}
+    """
+    table = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(table.get(name), Mapping)
+        table[name] = merged(table[name], value) if both else value
+    return table
 
 
 def load_toml(path: Path) -> dict[str, Any]:

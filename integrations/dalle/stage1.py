@@ -9,7 +9,7 @@ A short run needs other constants than the paper's three million updates; measur
 * errors at edges weigh more, since flat colour is most of a picture and is learned at once;
 * a falling push towards equal use of the codes replaces what the KL term does at scale.
 
-All that makes the training distributed is DDP and one line of ``distopt``; a batch is a pure function of seed, rank
+All that makes the training distributed is ``context.distribute``; a batch is a pure function of seed, rank
 and step. A tokenizer is judged by what its argmax tokens bring back (``evaluate_tokenizer``), never by its loss.
 """
 
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from distopt.errors import SettingError
 
+from .averaging import Averaged
 from .context import Context, Source, StageResult, distribute
-from .dvae import DVAE, DVAESettings
+from .dvae import DVAE, DVAESettings, ResidualBlock
 from .precision import LossScaler, Stepper, adamw
 from .scenes import Scenes, to_tensor, to_uint8
 from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
@@ -134,9 +134,11 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         raise SettingError("Stage1Settings.batch", settings.batch, f"a multiple of the {context.world_size} ranks")
     began = time.perf_counter()
     dvae = _start(source, model, settings, context)
-    averaged = copy.deepcopy(dvae).requires_grad_(False)
+    whole = copy.deepcopy(dvae).to("meta")
     scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
-    trained, registration = distribute(dvae, context, scaler)
+    blocks = [module for module in dvae.modules() if isinstance(module, ResidualBlock)]
+    trained, registration = distribute(dvae, context, blocks, grad_scaler=scaler)
+    averaged = Averaged(dvae)
     rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     optimizer = adamw(dvae.named_parameters(), context, **rules)
     stepper = Stepper(dvae.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
@@ -150,7 +152,7 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         with stepper.products():
             loss = trained(pictures, **weights, generator=noise, dtype=context.dtype)
         if stepper.step(loss.total, settings.learning_rate_at(step)):
-            _average(averaged, dvae, stepper.taken - 1, settings)
+            averaged.move(_weight_of_last(stepper.taken - 1, settings))
         curve.append((step, loss.total.item()))
         values = {name: value.item() for name, value in vars(loss).items() if name != "total"}
         context.log(
@@ -158,7 +160,7 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         )
     last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
     return StageResult(
-        model=averaged.eval(),
+        model=averaged.write(whole),
         steps=settings.steps,
         final_loss=sum(last) / len(last),
         curve=curve,
@@ -220,11 +222,9 @@ def _reached(done: float, fraction: float) -> float:
     return done / fraction if fraction > 0 else 1.0
 
 
-@torch.no_grad()
-def _average(averaged: nn.Module, dvae: nn.Module, step: int, settings: Stage1Settings) -> None:
-    """Move the averaged weights towards the last ones; early on over a shorter window, which the start left behind.
+def _weight_of_last(step: int, settings: Stage1Settings) -> float:
+    """The weight of the last weights in the averaged ones; more early on, which the start left behind.
 
     ``step`` counts the steps that were taken before.
     """
-    decay = min(settings.averaging, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(dvae.parameters()), 1 - decay)
+    return 1 - min(settings.averaging, (1 + step) / (10 + step))

@@ -1,7 +1,7 @@
 """Stage 2: trains the transformer on captions and argmax tokens of their pictures.
 
-Every picture is tokenised on the fly by the frozen dVAE. All that makes the training distributed is DDP and one line of
-``distopt``; a batch is a pure function of seed, rank and step.
+Every picture is tokenised on the fly by the frozen dVAE. All that makes the training distributed is
+``context.distribute``; a batch is a pure function of seed, rank and step.
 
 Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, section 2.2 and appendix B.2 (AdamW with betas 0.9
 and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % BPE dropout).
@@ -10,6 +10,7 @@ and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % B
 import copy
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 import distopt
 from distopt.errors import SettingError
 
+from .averaging import Averaged
 from .codes import Codec, code_vectors
 from .context import Context, Source, StageResult, distribute
 from .precision import LossScaler, Scaler, Stepper, adamw
@@ -100,9 +102,11 @@ def train_transformer(
         torch.manual_seed(context.seed)
         vectors = code_vectors(source, dvae, model, context)
         transformer = Transformer(model, vectors).to(context.device)
-    averaged = copy.deepcopy(transformer).requires_grad_(False)
-    trained, registration = distribute(transformer, context)
-    optimizer = _optimizer(transformer, settings, context)
+    whole = copy.deepcopy(transformer).to("meta")
+    units = list(transformer.blocks)
+    trained, registration = distribute(transformer, context, units, by_columns=second_matrices(transformer))
+    averaged = Averaged(transformer)
+    optimizer = optimizer_of(transformer, dict(transformer.named_parameters()), settings, context)
     scaler = _scaler(transformer, context)
     stepper = Stepper(transformer.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
     curve: list[tuple[int, float]] = []
@@ -113,14 +117,14 @@ def train_transformer(
             losses = trained(text, image)
             loss = losses.total()
         if stepper.step(loss, settings.learning_rate_at(step)):
-            _average(averaged, transformer, stepper.taken - 1, settings)
+            averaged.move(_weight_of_last(stepper.taken - 1, settings))
         curve.append((step, loss.item()))
         values = {"loss": curve[-1][1], "text": losses.text.item(), "image": losses.image.item()}
         values["learning_rate"] = settings.learning_rate_at(step)
         context.log(step + 1, settings.steps, {**values, **stepper.values()})
     last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
     return StageResult(
-        model=averaged.eval(),
+        model=averaged.write(whole),
         steps=settings.steps,
         final_loss=sum(last) / len(last),
         curve=curve,
@@ -131,12 +135,30 @@ def train_transformer(
     )
 
 
-def _optimizer(transformer: Transformer, settings: Stage2Settings, context: Context) -> torch.optim.Optimizer:
-    linear = {id(m.weight) for m in transformer.modules() if isinstance(m, nn.Linear)}
-    decay = [(name, p) for name, p in transformer.named_parameters() if id(p) in linear]
-    rest = [(name, p) for name, p in transformer.named_parameters() if id(p) not in linear]
+def optimizer_of(
+    transformer: Transformer,
+    parameters: Mapping[str, nn.Parameter],
+    settings: Stage2Settings,
+    context: Context,
+) -> torch.optim.Optimizer:
+    """The stage's optimizer: matrices of linear layers decay, nothing else does.
+
+    Args:
+        transformer: tells what is a matrix of a linear layer.
+        parameters: its own by name, or a rank's pieces of them.
+        settings: how it is trained.
+        context: in which precision.
+    """
+    linear = {f"{name}.weight" for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    decay = [(name, p) for name, p in parameters.items() if name in linear]
+    rest = [(name, p) for name, p in parameters.items() if name not in linear]
     groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return adamw(groups, context, lr=settings.learning_rate, betas=settings.betas)
+
+
+def second_matrices(transformer: Transformer) -> list[nn.Parameter]:
+    """Those matrices whose shards are cut along the other dimension, as in the paper: factors are smaller then."""
+    return [block.mlp_out.weight for block in transformer.blocks]
 
 
 def _scaler(transformer: Transformer, context: Context) -> Scaler:
@@ -174,9 +196,6 @@ def _batch(
     return text.to(context.device), image
 
 
-@torch.no_grad()
-def _average(averaged: nn.Module, transformer: nn.Module, step: int, settings: Stage2Settings) -> None:
-    """Move the averaged weights towards the last ones, over a window that grows with the steps taken before."""
-    weight = 1.0 if settings.averaging == 0 else min(1.0, 1 / (1 + settings.averaging * step))
-    for mean, last in zip(averaged.parameters(), transformer.parameters(), strict=True):
-        mean.lerp_(last, weight)
+def _weight_of_last(step: int, settings: Stage2Settings) -> float:
+    """The weight of the last weights in the averaged ones, whose window grows with the steps taken before."""
+    return 1.0 if settings.averaging == 0 else min(1.0, 1 / (1 + settings.averaging * step))

@@ -44,7 +44,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
     began = time.perf_counter()
     pictures = _pictures(settings, data, out, context, read)
     source = FolderSource(pictures, held_out=settings.held_out, shift=settings.shift)
-    chosen = _recipe(settings)
+    chosen = recipe_of(settings)
     with recipe.journal_of(out, context) as journal:
         for line in pictures.summary():
             journal.say(line)
@@ -106,15 +106,17 @@ def _pictures(settings: TrainSettings, data: Path, out: Path, context: Context, 
     return Pictures.load(out)
 
 
-def _recipe(settings: TrainSettings) -> Recipe:
+def recipe_of(settings: TrainSettings) -> Recipe:
+    """Say how both stages are trained, from what a user chose."""
     one, two = _given(settings.stage1), _given(settings.stage2)
     codes = {"codes": one.pop("codes")} if "codes" in one else {}
+    grid = settings.size // one.pop("patch")
     shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
-    communication = settings.communication
-    averaged = reducer(communication.reducer, communication.rank, settings.precision)
+    how = settings.communication
+    averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
     return Recipe(
-        dvae=DVAESettings(size=settings.size, grid=settings.size // 4, **codes),
+        dvae=DVAESettings(size=settings.size, grid=grid, **codes),
         stage1=Stage1Settings(**one),
         vocabulary=vocabulary,
         text_length=text_length,
@@ -123,6 +125,7 @@ def _recipe(settings: TrainSettings) -> Recipe:
         sampling=SamplingSettings(**_given(settings.sampling)),
         reducers=(averaged, averaged),
         precision=settings.precision,
+        shards=settings.shard,
     )
 
 

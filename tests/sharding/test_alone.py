@@ -104,6 +104,12 @@ def tied():
     return model
 
 
+def with_a_number():
+    model = Model()
+    model.temperature = nn.Parameter(torch.tensor(1.0))
+    return model
+
+
 def sharded_model():
     model = Model()
     distopt.shard(model, model.blocks)
@@ -128,6 +134,7 @@ def sharded_model():
             "units is 'all', but must be what is called in forw",
         ),
         ("SettingError", tied, "blocks.*", {}, "blocks.1.up.weight', but must be in the same unit as blocks.0.up"),
+        ("RegistrationError", with_a_number, "blocks.*", {}, "'temperature' has no dimension to cut it along"),
         ("RegistrationError", sharded_model, "blocks.*", {}, "is sharded already"),
         ("RegistrationError", lambda: DDP(nn.Linear(2, 2)), "*", {}, "without a wrapper, but was given Distributed"),
         ("RegistrationError", lambda: nn.Linear(2, 2, device="meta"), "*", {}, "'weight' is on the meta device"),

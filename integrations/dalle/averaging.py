@@ -1,0 +1,61 @@
+"""Averaged weights, in the pieces that a rank has of them."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Averaged:
+    """A running average of a module's weights. Of a sharded module every rank keeps its own pieces.
+
+    Args:
+        module: whose weights are averaged, after it was sharded; they are where the average starts.
+
+    Example:
+        >>> module = nn.Linear(2, 1, bias=False)
+        >>> averaged = Averaged(module)
+        >>> _ = module.weight.data.fill_(4.0)
+        >>> averaged.move(1.0)
+        >>> averaged.write(nn.Linear(2, 1, bias=False)).weight.tolist()
+        [[4.0, 4.0]]
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        self._means = [_piece(parameter).clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def move(self, weight: float) -> None:
+        """Move the average towards the present weights, by ``weight`` of the way."""
+        for mean, parameter in zip(self._means, self._parameters, strict=True):
+            mean.lerp_(_piece(parameter), weight)
+
+    @torch.no_grad()
+    def write(self, module: nn.Module) -> nn.Module:
+        """Write the average into a module of the same parameters, whole. Collective if the averaged one is sharded.
+
+        Args:
+            module: one without memory is given some, where the averaged one is.
+
+        Returns:
+            ``module``, not to be trained any more, in eval mode.
+        """
+        if next(module.parameters()).is_meta:
+            module.to_empty(device=self._means[0].device)
+        for written, mean, like in zip(module.parameters(), self._means, self._parameters, strict=True):
+            written.copy_(_whole(mean, like))
+        return module.requires_grad_(False).eval()
+
+
+def _piece(parameter: nn.Parameter) -> Tensor:
+    """This rank's piece of a parameter, in its memory."""
+    weights = parameter.detach()
+    return weights.to_local() if isinstance(weights, DTensor) else weights
+
+
+def _whole(piece: Tensor, like: nn.Parameter) -> Tensor:
+    weights = like.detach()
+    if not isinstance(weights, DTensor):
+        return piece
+    mesh, placements = weights.device_mesh, weights.placements
+    return DTensor.from_local(piece, mesh, placements, shape=weights.shape, stride=weights.stride()).full_tensor()
