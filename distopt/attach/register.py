@@ -123,7 +123,7 @@ def _register(
     model = _wrapper_of(model_or_parameters)
     slots = slots_of(_listed(model_or_parameters, process_group)) if model is None else _slots_of_model(model)
     engine = Engine(slots, reducer, watch, grad_scaler)
-    group = process_group or _group_of(model)
+    group = process_group or group_of(model)
     engine.check(reducer, group.size())
     if accumulate:
         if model is not None:
@@ -164,10 +164,13 @@ def _listed(given: nn.Module | Iterable[object], process_group: dist.ProcessGrou
     return given.named_parameters()
 
 
-def _group_of(model: nn.Module | None) -> dist.ProcessGroup:
+def group_of(model: nn.Module | None) -> dist.ProcessGroup:
+    """Whose ranks average a model's gradients: those that its wrapper was given, if it has one, or all."""
     if isinstance(model, DistributedDataParallel):
         return cast(dist.ProcessGroup, model.process_group)
-    return cast(dist.ProcessGroup, dist.group.WORLD if model is None else cast(Any, model)._process_group)
+    return (
+        cast(Any, model)._process_group if kind_of(model) == SHARDED_DDP else cast(dist.ProcessGroup, dist.group.WORLD)
+    )
 
 
 def _slots_of_model(model: nn.Module) -> list[Slot]:

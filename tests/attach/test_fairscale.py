@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ with warnings.catch_warnings():
     from fairscale.nn import FullyShardedDataParallel, Pipe, checkpoint_wrapper
     from fairscale.nn.data_parallel import ShardedDataParallel
     from fairscale.nn.pipe import AsyncPipe
-    from fairscale.optim import OSS
+    from fairscale.optim import OSS, AdaScale
 
 pytestmark = pytest.mark.filterwarnings("ignore:fairscale.nn.Pipe has been upstreamed:DeprecationWarning")
 
@@ -77,6 +79,13 @@ def registered(reducer, model=None, **options):
     return model, optimizer, distopt.register(model, reducer, check_replicas_every=1)
 
 
+def test_nothing_of_distopt_imports_it():
+    """It is an extra, and its import warns."""
+    files = list(Path(distopt.__file__).parent.rglob("*.py"))
+    assert len(files) > 15
+    assert not [file for file in files if re.search(r"^\s*(import|from) fairscale\b", file.read_text(), re.MULTILINE)]
+
+
 def exactness_job(rank):
     """Whether fairscale's default is wrong, and ours right, against one process and against DDP with our hook."""
     reference = in_one_process(2)
@@ -88,6 +97,7 @@ def exactness_job(rank):
         registration.check_replicas()
         assert worst(ended, reference) == 0.0
         assert registration.stats().steps == 5
+        assert not model._buckets
     for reducer in (REDUCER, distopt.TopK(0.1)):
         model, optimizer, registration = registered(reducer)
         plain = wrap(mlp(), 10000)
@@ -103,6 +113,7 @@ def exactness_job(rank):
     late.module.load_state_dict(plain.module.state_dict())
     distopt.register(late, distopt.AllReduce())
     assert same(train(late, optimizer, rank), train(plain, torch.optim.SGD(plain.parameters(), lr=0.1), rank))
+    assert not late._bucket_list
     return True
 
 
@@ -136,8 +147,28 @@ def ownership_job(rank, world):
     assert registration.stats().steps == 2
     for r, step in itertools.product(range(world), range(3)):
         (every(_wide(r, step)).square().mean() / world).backward()
+    _pair_job(rank)
     pairs = zip(exact.module.parameters(), every.parameters(), strict=True)
     return [float((a.grad - b.grad).abs().max()) for a, b in pairs if a.grad is not None]
+
+
+def _pair_job(rank):
+    """Ranks 1 and 2 of the three, in windows."""
+    pair = dist.new_group([1, 2])
+    if rank == 0:
+        return
+    model = mlp()
+    optimizer = OSS(model.parameters(), optim=torch.optim.SGD, group=pair, lr=0.1)
+    model = ShardedDataParallel(model, optimizer, process_group=pair)
+    registration = distopt.register(model, distopt.AllReduce(), check_replicas_every=1)
+    for window in distopt.accumulate([batch(rank, step) for step in range(4)], model, steps=2):
+        assert window.weight == 2 * 2 * 8
+        for x in window:
+            window.backward(model(x).square().mean(1).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    registration.check_replicas()
+    assert registration.stats().steps == 2
 
 
 def _twin(model, name):
@@ -221,12 +252,20 @@ def test_scales_of_branches():
 
 
 def oss_job(rank):
-    """OSS beside DDP with our hook: against a plain optimizer, and stopped in the middle."""
+    """OSS beside DDP with our hook: against a plain optimizer, and stopped in the middle. AdaScale, which has its own."""
     for reducer in (distopt.AllReduce(), REDUCER):
         model, plain = wrap(mlp()), wrap(mlp())
         distopt.register(model, reducer, check_replicas_every=1)
         distopt.register(plain, reducer)
         assert same(train(model, oss(model), rank), train(plain, sgd(plain), rank))
+    gains = []
+    for reducer in (None, distopt.AllReduce()):
+        model = wrap(mlp())
+        optimizer = AdaScale(sgd(model))
+        if reducer is not None:
+            distopt.register(model, reducer)
+        gains.append((worst(train(model, optimizer, rank), parameters(plain)), optimizer.gain()))
+    assert gains[0] == gains[1]
     for make in (lambda: (wrap(mlp()), None), sharded):
         ended = []
         for stop in (False, True):
