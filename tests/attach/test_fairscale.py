@@ -375,7 +375,7 @@ def layers():
 def pipe_job(rank, checkpoint):
     """Sequential against Pipe, with all that goes with it."""
     for accumulate, scaled in ((False, False), (True, False), (False, True)):
-        ends = []
+        ends, states = [], []
         for piped in (False, True):
             model = layers()
             named = list(model.named_parameters())
@@ -394,6 +394,8 @@ def pipe_job(rank, checkpoint):
                 (scaler or _Plain()).step(optimizer)
                 (scaler or _Plain()).update()
             ends.append(dict(named))
+            states.append(registration.state_dict())
+            registration.load_state_dict(states[0])
             registration.check_replicas()
         assert worst(*ends) < 1e-6
     model = DDP(Pipe(layers(), balance=[4], devices=["cpu"], chunks=2, checkpoint=checkpoint), static_graph=True)
