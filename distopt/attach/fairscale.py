@@ -173,7 +173,7 @@ class ShardedDDPAttachment(GradientsAttachment):
 
     def _after_forward(self, model: nn.Module, inputs: object, output: object) -> None:
         """Await the backward pass at the outputs: inside of it, others may run that end before (recomputation)."""
-        if not (model.training and any(slot.parameter.requires_grad for slot in self._engine.slots.values())):
+        if not any(slot.parameter.requires_grad for slot in self._engine.slots.values()):
             return
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
