@@ -16,9 +16,8 @@ from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from distopt.attach.register import REGISTRATION
+from distopt.attach.register import REGISTRATION, group_of
 from distopt.comm.meeting import MOST_NUMBERS, Meeting, communicator_of
 from distopt.errors import AgreementError, SettingError, WindowError
 
@@ -86,8 +85,7 @@ def accumulate(
     inner = getattr(model, "_orig_mod", model)
     communicator = None
     if dist.is_available() and dist.is_initialized():
-        own = inner.process_group if isinstance(inner, DistributedDataParallel) else dist.group.WORLD
-        communicator = communicator_of(process_group or cast(dist.ProcessGroup, own))
+        communicator = communicator_of(process_group or group_of(inner))
     meeting = Meeting(communicator, {"steps": str(steps), "last": last}, "accumulate")
     return Accumulation(loader, inner, steps, weight or _batch_size, last, meeting)
 

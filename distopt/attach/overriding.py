@@ -1,10 +1,13 @@
 """Doing something around a module's ``forward``, on the object itself, with no change of its class or its names."""
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import nn
+
+from distopt.attach.fairscale import checkpoint_of
 
 Around: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """What is to be done: it is given what calls the module's own ``forward``, and what the module was called with."""
@@ -13,7 +16,9 @@ Around: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any
 def override_forward(module: nn.Module, around: Around) -> Callable[[], None]:
     """Let a module's ``forward`` go through ``around``.
 
-    A deep copy of the module gets its own ``forward``, which goes through the same ``around``.
+    Where fairscale's ``checkpoint_wrapper`` is on the module, ``around`` is done inside of it, and again whenever it
+    recomputes, for it does not repeat the autocast that it was called under. A deep copy of any other module gets its
+    own ``forward``, which goes through the same ``around``.
 
     Args:
         module: any, its ``forward`` overridden already or not.
@@ -27,7 +32,8 @@ def override_forward(module: nn.Module, around: Around) -> Callable[[], None]:
         >>> undo = override_forward(nn.Identity(), lambda inner, args, kwargs: 2 * inner(*args, **kwargs))
     """
     before = module.__dict__.get("forward")
-    own = _unbound(module, before)
+    recomputing = checkpoint_of(before)
+    own = _unbound(module, before) if recomputing is None else recomputing.args[0]
 
     def forward(of: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def inner(*args: Any, **kwargs: Any) -> Any:
@@ -35,7 +41,10 @@ def override_forward(module: nn.Module, around: Around) -> Callable[[], None]:
 
         return around(inner, args, kwargs)
 
-    module.forward = types.MethodType(forward, module)
+    if recomputing is None:
+        module.forward = types.MethodType(forward, module)
+    else:
+        module.forward = functools.partial(recomputing.func, forward, *recomputing.args[1:])
 
     def undo() -> None:
         del module.forward

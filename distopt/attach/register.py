@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -13,8 +13,17 @@ from distopt.attach.compiled import CompiledDDPAttachment
 from distopt.attach.ddp import DDPAttachment
 from distopt.attach.engine import Engine, LossScaler, Watch
 from distopt.attach.exemptions import exempt_names, plain_name
+from distopt.attach.fairscale import (
+    FSDP,
+    SHARDED_DDP,
+    ShardedDDPAttachment,
+    kind_of,
+    refuse_recomputing_pipes,
+    refuse_wrappers,
+    sharded_ddp_slots,
+)
 from distopt.attach.gradients import GradientsAttachment, slots_of
-from distopt.attach.registration import Registration
+from distopt.attach.registration import Attachment, Registration
 from distopt.comm.communicator import Communicator
 from distopt.errors import RegistrationError, SettingError
 from distopt.reducers.reducer import Reducer, Slot
@@ -39,7 +48,8 @@ def register(
     """Let ``reducer`` average a model's gradients from now on. Collective: every rank calls it at the same point.
 
     On a ``DistributedDataParallel`` model it takes the place of DDP's own averaging, in the communication hook that DDP
-    has for this; the training loop stays as it is. Given parameters instead, for trainers that wrap nothing, it
+    has for this; the training loop stays as it is. fairscale's ``ShardedDataParallel`` will do as well
+    (``docs/fairscale.md``). Given parameters instead, for trainers that wrap nothing, it
     averages their ``.grad`` when `Registration.reduce` is called, after ``backward``.
 
     A model wrapped under ``torch._dynamo.config.optimize_ddp = "python_reducer"`` is reduced when backward is over;
@@ -110,14 +120,14 @@ def _register(
         raise RegistrationError(
             "torch.distributed is not initialised: call init_process_group and wrap the model before register"
         )
-    model = _ddp_of(model_or_parameters)
-    slots = slots_of(cast(Iterable[object], model_or_parameters)) if model is None else _slots_of_model(model)
+    model = _wrapper_of(model_or_parameters)
+    slots = slots_of(_listed(model_or_parameters, process_group)) if model is None else _slots_of_model(model)
     engine = Engine(slots, reducer, watch, grad_scaler)
-    group = process_group or cast(dist.ProcessGroup, dist.group.WORLD if model is None else model.process_group)
+    group = process_group or group_of(model)
     engine.check(reducer, group.size())
     if accumulate:
         if model is not None:
-            raise RegistrationError("accumulate=True is for lists of parameters: DDP keeps its gradients in buckets")
+            raise RegistrationError("accumulate=True is for lists of parameters: DDP reduces its gradients in backward")
         check_fusible(reducer, group.size())
     listed = AccumulatingAttachment if accumulate else GradientsAttachment
     attachment = listed(engine) if model is None else _attachment_of(model, engine)
@@ -128,23 +138,46 @@ def _register(
     return registration
 
 
-def _ddp_of(model_or_parameters: nn.Module | Iterable[object]) -> DistributedDataParallel | None:
-    """The DDP model, out of what ``torch.compile`` made of it; None for a list of parameters."""
+def _wrapper_of(model_or_parameters: nn.Module | Iterable[object]) -> nn.Module | None:
+    """The wrapped model, out of what ``torch.compile`` made of it; None for a list of parameters."""
     model = getattr(model_or_parameters, "_orig_mod", model_or_parameters)
-    if isinstance(model, DistributedDataParallel):
-        return model
     if isinstance(model, nn.Module):
+        refuse_wrappers(model)
+    if isinstance(model, DistributedDataParallel) or kind_of(model) == SHARDED_DDP:
+        return cast(nn.Module, model)
+    if isinstance(model, nn.Module) and kind_of(model) != FSDP:
         raise RegistrationError(
             f"register needs a DistributedDataParallel model, but was given {type(model).__name__}: wrap it first, or "
             "give its named_parameters() and call reduce() on the registration after backward()"
         )
-    if not isinstance(model, Iterable):
+    if not isinstance(model, (Iterable, nn.Module)):
         raise RegistrationError(f"register needs a model or parameters, but was given {type(model).__name__}")
     return None
 
 
-def _slots_of_model(model: DistributedDataParallel) -> list[Slot]:
+def _listed(given: nn.Module | Iterable[object], process_group: dist.ProcessGroup | None) -> Iterable[object]:
+    """The parameters given; of fairscale's FSDP this rank's shards, which it averages inside its own group."""
+    if not isinstance(given, nn.Module):
+        return given
+    if process_group is None:
+        raise RegistrationError(f"of fairscale's {FSDP} register needs process_group=, the ranks with the same shard")
+    return given.named_parameters()
+
+
+def group_of(model: nn.Module | None) -> dist.ProcessGroup:
+    """Whose ranks average a model's gradients: those that its wrapper was given, if it has one, or all."""
+    if isinstance(model, DistributedDataParallel):
+        return cast(dist.ProcessGroup, model.process_group)
+    return (
+        cast(Any, model)._process_group if kind_of(model) == SHARDED_DDP else cast(dist.ProcessGroup, dist.group.WORLD)
+    )
+
+
+def _slots_of_model(model: nn.Module) -> list[Slot]:
     _check(model)
+    if not isinstance(model, DistributedDataParallel):
+        return sharded_ddp_slots(model)
+    refuse_recomputing_pipes(model)
     exempt = exempt_names(model.module)
     compiled = model._use_python_reducer  # pyright: ignore[reportPrivateUsage]
     optional = bool(model.find_unused_parameters or model.static_graph) and not compiled
@@ -155,7 +188,9 @@ def _slots_of_model(model: DistributedDataParallel) -> list[Slot]:
     ]
 
 
-def _attachment_of(model: DistributedDataParallel, engine: Engine) -> DDPAttachment | CompiledDDPAttachment:
+def _attachment_of(model: nn.Module, engine: Engine) -> Attachment:
+    if not isinstance(model, DistributedDataParallel):
+        return ShardedDDPAttachment(model, engine)
     compiled = model._use_python_reducer  # pyright: ignore[reportPrivateUsage]
     attachment = CompiledDDPAttachment(engine) if compiled else DDPAttachment(model, engine)
     try:
@@ -172,13 +207,13 @@ def _attachment_of(model: DistributedDataParallel, engine: Engine) -> DDPAttachm
     return attachment
 
 
-def _check(model: DistributedDataParallel) -> None:
+def _check(model: nn.Module) -> None:
     earlier = getattr(model, REGISTRATION, None)
     if earlier is not None:
         raise RegistrationError(
             f"the model is registered already, with {earlier.reducer!r}: set_reducer on its registration changes it"
         )
-    refuse_sparse(model.module)
+    refuse_sparse(cast(Any, model).module)
 
 
 def refuse_sparse(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.exemptions import plain_name
+from distopt.attach.fairscale import SHARDED_DDP, kind_of
 from distopt.errors import SettingError
 
 Chain: TypeAlias = nn.Module | Sequence[nn.Module]
@@ -59,9 +60,10 @@ def select(field: str, blocks: Blocks, model: nn.Module | None = None) -> list[P
 
 
 def unwrapped(model: nn.Module | None) -> nn.Module | None:
-    """The model itself, out of DDP and of what ``torch.compile`` made of it."""
+    """The model itself, out of DDP, fairscale's or torch's, and of what ``torch.compile`` made of it."""
     model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    wrapped = isinstance(model, DistributedDataParallel) or kind_of(model) == SHARDED_DDP
+    return cast(Any, model).module if wrapped else model
 
 
 def _items(field: str, blocks: Any, model: nn.Module | None) -> list[Any]:

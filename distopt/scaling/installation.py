@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from distopt.attach.fairscale import forgets_overrides
 from distopt.attach.overriding import override_forward
 from distopt.attach.units import GradientScaling, declare, withdraw
 from distopt.errors import RegistrationError
@@ -112,6 +113,7 @@ class Installation:
         self._gauge = gauge
         self._dtype = dtype
         self._scaling = scaling
+        self._branches = branches
         self._undo: list[Callable[[], None]] = []
         self._places: list[Place] = []
         for index, branch in enumerate(branches):
@@ -136,7 +138,7 @@ class Installation:
         return {id(place.parameter): place for place in self._places}
 
     def _run_in_16_bits(self, module: nn.Module, places: Sequence[Place], index: int, first: bool, last: bool) -> None:
-        gauge, dtype = self._gauge, self._dtype
+        gauge = self._gauge
 
         def entering(x: Any) -> Any:
             return enter(x, gauge.inverse[index]) if _is_floating(x) and x.requires_grad else x
@@ -149,11 +151,17 @@ class Installation:
                 args, kwargs = pytree.tree_map(entering, (args, kwargs))
             if not torch.compiler.is_compiling():
                 self._meet_new(places)
-            with _autocast(gauge.scale.device, dtype):
-                output = inner(*args, **kwargs)
+            output = self._in_autocast(inner, args, kwargs)
             return pytree.tree_map(leaving, output) if last else output
 
         self._undo.append(override_forward(module, around))
+        for part in module.modules():
+            if part is not module and forgets_overrides(part):
+                self._undo.append(override_forward(part, self._in_autocast))
+
+    def _in_autocast(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _autocast(self._gauge.scale.device, self._dtype):
+            return inner(*args, **kwargs)
 
     def _meet_new(self, places: Sequence[Place]) -> None:
         """Meet what has taken the place of parameters, as under ``fully_shard``."""
@@ -173,6 +181,11 @@ class Installation:
         def take(gradient: Tensor) -> Tensor:
             if gradient.is_sparse:
                 raise RegistrationError(f"the gradient of {place.name!r} is sparse, which cannot be scaled in a branch")
+            if not place.seen and any(map(forgets_overrides, self._branches[place.index].modules)):
+                raise RegistrationError(
+                    f"{place.name!r} is in a branch that checkpoint_wrapper was put on when the scaler was there: "
+                    "put it on first, then make the scaler"
+                )
             place.seen = True
             gauge.look(place.index, gradient)
             return gradient if place.narrow else gradient * gauge.inverse[place.index]

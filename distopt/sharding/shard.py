@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.engine import Engine, LossScaler, Watch
 from distopt.attach.exemptions import exempt_names, plain_name
+from distopt.attach.fairscale import refuse_to_shard
 from distopt.attach.fsdp import FSDPAttachment
 from distopt.attach.register import REGISTRATION, refuse_sparse
 from distopt.attach.registration import Registration
@@ -150,6 +151,7 @@ def _check(model: object) -> None:
         raise RegistrationError("torch.distributed is not initialised: call init_process_group before shard")
     if not isinstance(model, nn.Module) or isinstance(model, DistributedDataParallel):
         raise RegistrationError(f"shard needs a model without a wrapper, but was given {type(model).__name__}")
+    refuse_to_shard(model)
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             raise RegistrationError(f"{name or 'the model'} is sharded already: shard calls fully_shard itself")
