@@ -8,7 +8,9 @@ be sound.
 # DDP compares the hook's annotations with objects: this module cannot defer their evaluation.
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,10 @@ STEPS_TO_SETTLE = 2
 """DDP lays its buckets out anew after the first step (``static_graph``: the second), in the order in which gradients
 turned up. Sums over three or more ranks depend on the layout in their last bits, so a run that saves and a run that
 resumes both keep the layout of the save until the latter's buckets have settled."""
+
+
+_FROM_BACKEND = re.compile(r"\[.*(gloo|nccl)", re.IGNORECASE)
+"""How an error begins that a connection has failed, unlike DDP's own of what a model did."""
 
 
 @dataclasses.dataclass
@@ -59,6 +65,7 @@ class DDPAttachment:
         self._model = model
         self._forwards = 0
         model.register_forward_pre_hook(self._count_forward)
+        self._watch_forward()
         self._worker = Worker("distopt-ddp")
         self._step: _Step | None = None
         self._error: Exception | None = None
@@ -125,6 +132,24 @@ class DDPAttachment:
     def forget_forwards(self) -> None:
         """Count forward passes from here on: the ranks have agreed beforehand on those since the last step."""
         self._forwards = 0
+
+    def _watch_forward(self) -> None:
+        """Let DDP's own collectives before a forward pass name the rank that died in them, as ours do.
+
+        They give all ranks the first one's buffers, and once the order of its buckets.
+        """
+        model = cast(Any, self._model)
+        begin = model._pre_forward
+
+        def watched(*inputs: Any, **kwargs: Any) -> Any:
+            try:
+                return begin(*inputs, **kwargs)
+            except RuntimeError as error:
+                if _FROM_BACKEND.match(str(error)) is None:
+                    raise
+                raise self._engine.communicator.blame(error, "what DDP sends before a forward pass") from error
+
+        model._pre_forward = watched
 
     def _count_forward(self, model: nn.Module, inputs: object) -> None:
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():

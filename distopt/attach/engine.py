@@ -121,6 +121,9 @@ class Engine:
         self.communicator = communicator
         facts = [(name, describe(slot.parameter)) for name, slot in self.slots.items()]
         communicator.guard("the comparison of parameters", agree, communicator.group, facts, "parameter")
+        # What decides which collectives there are; the rest of the watch is each rank's own affair.
+        watched = [(name, str(getattr(self._watch, name))) for name in ("agreement", "check_replicas_every")]
+        communicator.guard("the comparison of settings", agree, communicator.group, watched, "setting")
         self._step_check = StepCheck(communicator.group)
         self.pause(False)
         self._settle_on(self.reducer)
@@ -139,12 +142,23 @@ class Engine:
     def _settle_on(self, reducer: Reducer) -> None:
         communicator, facts = self.communicator, [("reducer", without_addresses(reducer))]
         communicator.guard("the comparison of settings", agree, communicator.group, facts, "setting")
+        # A callable, or what a module is made of, does not show in the settings' text.
+        plans = self._described(reducer)
+        communicator.guard("the comparison of plans", agree, communicator.group, plans, "the reduction of parameter")
         self.reducer = reducer
         self._plans.clear()
         parts = reducer.parts(communicator.world_size)
         if parts != self._parts:
             self._parts = parts
             communicator.divide(parts)
+
+    def _described(self, reducer: Reducer) -> list[tuple[str, str]]:
+        world = self.communicator.world_size
+        places = [Place(rank, world) for rank in (range(world) if reducer.parts(world) else (0,))]
+        return [
+            (name, " ".join(reducer.plan([slot], place).describe() for place in places))
+            for name, slot in self.slots.items()
+        ]
 
     @property
     def divided(self) -> bool:
@@ -200,14 +214,14 @@ class Engine:
             joining: whether ranks may run out of inputs, so that they have to be counted.
         """
         self.communicator.step = self.tally.steps
+        loss_scale = self.follow_scales()
         if self._watch.agreement or joining:
-            step = Step(self.tally.steps, names, forwards)
+            step = Step(self.tally.steps, names, forwards, loss_scale)
             self.joined = self.communicator.guard("the comparison of steps", self._step_check, step)
         every = self._watch.check_replicas_every
         # A rank that has joined takes no optimizer steps: it is given the others' parameters in the end.
         if every > 0 and self.tally.steps % every == 0 and self.joined == 0:
             self.check_replicas()
-        self.follow_scales()
         measured = self._watch.every > 0 and self.state.step % self._watch.every == 0 and not self.paused
         self.state.figures = {} if measured else None
         self._transaction = Transaction(self.communicator)
@@ -263,8 +277,8 @@ class Engine:
         """What the residual of a parameter is scaled by at present."""
         return self._units.get(name, 1.0)
 
-    def follow_scales(self) -> None:
-        """Express the residuals in the units that gradients have at present."""
+    def follow_scales(self) -> float:
+        """Express the residuals in the units that gradients have at present; gives what the loss is multiplied by."""
         loss_scale = self._loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale()
         residuals = self.state.residuals
         for name, slot in self.slots.items():
@@ -272,6 +286,7 @@ class Engine:
             if name in residuals and unit != self.unit(name):
                 residuals[name] = _times(residuals[name], unit / self.unit(name))
             self._units[name] = unit
+        return loss_scale
 
     @property
     def _place(self) -> Place:

@@ -150,6 +150,8 @@ def check_state(state: Mapping[str, Any], engine: Engine) -> None:
     Raises:
         StateError: with one line that says what does not fit.
     """
+    if not isinstance(cast(object, state), Mapping):
+        raise StateError(f"not the state of a registration: a {type(state).__name__}")
     missing = _KEYS - state.keys()
     if missing:
         raise StateError(f"not the state of a registration: {', '.join(sorted(missing))} is missing")

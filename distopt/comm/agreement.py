@@ -9,6 +9,7 @@ same point, and the group's own timeout is the deadline.
 
 import dataclasses
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,15 +81,17 @@ class Step:
         names: the parameters in the step's first bucket, in their order.
         forwards: forward passes since the last reduction; 0 on a rank that ran none because it has joined (torch's
             ``Join``), which agrees with any number.
+        loss_scale: what the loss is multiplied by; a rank that has joined agrees with any.
     """
 
     number: int
     names: tuple[str, ...]
     forwards: int
+    loss_scale: float = 1.0
 
 
 class StepCheck:
-    """The check before the first collective of each step: one all-gather of four numbers.
+    """The check before the first collective of each step: one all-gather of five numbers.
 
     Args:
         group: the ranks to compare. Every one of them checks before it calls anything else on this group in a step.
@@ -128,9 +131,11 @@ class StepCheck:
         names = self._digests.get(step.names)
         if names is None:
             names = self._digests[step.names] = digest(*step.names)
-        rows = _gather_numbers(self._group, [step.number, self._settings_digest, names, step.forwards])
+        (scale,) = struct.unpack("q", struct.pack("d", step.loss_scale))
+        rows = _gather_numbers(self._group, [step.number, self._settings_digest, names, step.forwards, scale])
         forwards = {row[3] for row in rows} - {0}
-        if len(forwards) > 1 or any(row[:3] != rows[0][:3] for row in rows):
+        scales = {row[4] for row in rows if row[3] or not forwards}
+        if len(forwards) > 1 or len(scales) > 1 or any(row[:3] != rows[0][:3] for row in rows):
             by_rank = _gather_objects(self._group, (self._settings, step))
             raise _step_difference(by_rank) or _unexplained("step")
         return sum(row[3] == 0 for row in rows) if forwards else 0
@@ -208,6 +213,9 @@ def _step_difference(by_rank: Mapping[int, tuple[Facts, Step]]) -> AgreementErro
         texts = {rank: f"{n} forward pass{'es' if n > 1 else ''}" for rank, n in active.items()}
         error = _odd(texts, "", verbs=("did", "did"), since=" since its last reduction")
         return AgreementError(f"{error}: {_no_sync(error.ranks)}", error.ranks)
+    scales = {rank: f"{step.loss_scale:g}" for rank, step in steps.items() if step.forwards or not active}
+    if len(set(scales.values())) > 1:
+        return _odd(scales, "the loss scale differs: ")
     if len({step.number for step in steps.values()}) > 1:
         return _odd({rank: f"step {step.number}" for rank, step in steps.items()}, "", verbs=("is at", "are at"))
     names = difference({rank: [(name, "") for name in step.names] for rank, step in steps.items()}, "parameter")

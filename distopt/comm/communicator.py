@@ -11,7 +11,7 @@ from torch import Tensor
 from distopt.comm.agreement import device_of
 from distopt.comm.requests import Gather, Request, Swap, Within
 from distopt.comm.witness import Witness
-from distopt.errors import DistoptError
+from distopt.errors import DistoptError, PeerLostError
 
 
 class Communicator:
@@ -149,7 +149,19 @@ class Communicator:
         except RuntimeError as error:
             if isinstance(error, DistoptError):
                 raise
-            raise self._witness.blame(error, what) from error
+            raise self.blame(error, what) from error
+
+    def blame(self, error: RuntimeError, what: str) -> PeerLostError:
+        """Find out why a collective failed, one of ours or one that the trainer issued on these ranks.
+
+        Args:
+            error: what the backend raised.
+            what: what failed, for the message.
+
+        Returns:
+            What to raise; see `guard`.
+        """
+        return self._witness.blame(error, what)
 
     def _swap(self, rows: Tensor) -> Tensor:
         answer = torch.empty_like(rows)

@@ -8,6 +8,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from torch.profiler import record_function
+
 
 class Worker:
     """Runs jobs one after the other on a thread of its own, which starts with the first job.
@@ -43,7 +45,8 @@ class Worker:
         if self._thread is not None:
             done = threading.Event()
             self._jobs.put(done.set)
-            done.wait()
+            with record_function("distopt::wait"):
+                done.wait()
 
 
 def _run(jobs: "queue.SimpleQueue[Callable[[], object]]") -> None:

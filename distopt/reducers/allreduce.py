@@ -38,6 +38,10 @@ class AllReducePlan(Plan):
     def __init__(self, slots: Sequence[Slot] = ()) -> None:
         self._slots = slots
 
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        return "sent whole"
+
     def reduce(self, bucket: Bucket, state: State) -> Reduction:
         """See `Plan.reduce`."""
         flushed = flush(self._slots, bucket.gradients[: len(self._slots)], state)

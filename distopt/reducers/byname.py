@@ -110,6 +110,10 @@ class SplitPlan(Plan):
         """See `Plan.factor_shapes`."""
         return {name: shape for plan, _ in self._shares for name, shape in plan.factor_shapes().items()}
 
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        return "; ".join(plan.describe() for plan, _ in self._shares)
+
     def prepare(self, state: State) -> None:
         """See `Plan.prepare`."""
         for plan, _ in self._shares:

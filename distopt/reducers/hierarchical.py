@@ -162,6 +162,10 @@ class _HierarchicalPlan(Plan):
         factors = {n: f for n in self.factor_shapes() if (f := state.factors.get(n)) is not None}
         return State(state.step, residuals, factors, state.figures)
 
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        return "" if self._outer is None else self._outer.describe()
+
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
         """See `Plan.residual_shapes`."""
         return self._outer.residual_shapes() if self._outer is not None else {}

@@ -138,6 +138,11 @@ class LowRankPlan(Plan):
                 shapes[matrix.key] = (first.shape[0], first.shape[1] if self.settings.energy is None else -1)
         return shapes
 
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        matrices = [f"{m.shape[0]} x {m.shape[1]} at rank {m.rank}" for m in self.matrices]
+        return ", ".join(matrices + ["sent whole"] * len(self._whole))
+
     def prepare(self, state: State) -> None:
         """See `Plan.prepare`."""
         for slot in self._slots:

@@ -40,6 +40,10 @@ class PhasedPlan(Plan):
                 merged[name] = [a if a == b else -1 for a, b in zip(before, shape, strict=True)]
         return merged
 
+    def describe(self) -> str:
+        """See `Plan.describe`."""
+        return "; ".join(f"from step {phase.first_step} {phase.plan.describe()}" for phase in self._phases)
+
     def prepare(self, state: State) -> None:
         """See `Plan.prepare`."""
         self._at(state.step).prepare(state)

@@ -156,8 +156,16 @@ class Plan(abc.ABC):
         """Shapes of the factors that are kept, by parameter name; none by default."""
         return {}
 
+    def describe(self) -> str:
+        """What ranks must have alike, in words: how the plan treats its slots, whatever the settings' text says."""
+        return f"{type(self).__name__} with residuals {_text(self.residual_shapes())}"
+
     def prepare(self, state: State) -> None:  # noqa: B027  most plans have nothing to prepare
         """Put what the plan would begin with into ``state``, where it is missing: a template for a loader to fill."""
+
+
+def _text(shapes: Mapping[str, Sequence[int]]) -> str:
+    return str([list(shape) for shape in shapes.values()])
 
 
 class Reducer(abc.ABC):

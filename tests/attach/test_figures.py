@@ -247,8 +247,9 @@ def test_a_profiler_of_all_threads_sees_every_phase_of_a_ddp_step():
 
 
 def test_a_profiler_sees_every_phase_of_what_is_reduced_on_its_own_thread():
-    for (_, by_hand), _ in run_ranks(2, profiled_job, None):
+    for (ddp, by_hand), _ in run_ranks(2, profiled_job, None):
         assert LABELS <= by_hand.keys()
+        assert ddp.keys() == {"distopt::wait"}  # what backward waits for, on its own thread
 
 
 class Lopsided(nn.Module):

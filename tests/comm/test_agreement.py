@@ -119,6 +119,7 @@ def test_every_rank_is_told_the_same_in_global_ranks():
 
 HEALTHY = (7, ("head.weight", "head.bias"), 1)
 STEPS = {
+    "the loss scale differs: rank 2 has 65536 where ranks 0, 1 have 1": {2: (*HEALTHY, 2.0**16)},
     "rank 1 did 2 forward passes since its last reduction where ranks 0, 2 did 1 forward pass: "
     "was it in no_sync() alone?": {1: (7, HEALTHY[1], 2)},
     "rank 2 is at step 8 where ranks 0, 1 are at step 7": {2: (8, HEALTHY[1], 1)},
@@ -133,7 +134,9 @@ def steps_job(rank):
     check = StepCheck(dist.group.WORLD, [("reducer", "AllReduce()")])
     told = [caught(check, Step(*odd.get(rank, HEALTHY))) for odd in STEPS.values()]
     healthy = [caught(check, Step(number, ("a", "b"), forwards=number % 3)) for number in range(2000)]
-    joined = caught(check, Step(7, ("a", "b"), forwards=0 if rank == 1 else 2))
+    joined = caught(
+        check, Step(7, ("a", "b"), forwards=0 if rank == 1 else 2, loss_scale=2.0**rank if rank == 1 else 8)
+    )
     check.restate([("reducer", "AllReduce()" if rank else "Cast()")])
     changed = caught(check, Step(*HEALTHY))
     return told, healthy, joined, changed

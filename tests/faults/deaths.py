@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
 from distopt.reducers.reducer import Reducer
-from tests.faults.draw import batch, loss, net, reducer
+from tests.faults.draw import WIDTH, batch, loss, net, reducer
 from tests.processes import Fate, run_mortals
 
 Fault = Literal["kill", "stop", "raise"]
@@ -36,6 +37,7 @@ class Death:
     bucket_kib: int
     port: int | None  # of a store that rank 0 hosts, as with torchrun; none: a file
     timeout: float  # of a collective
+    buffers: bool  # whether DDP broadcasts some before each forward pass
 
 
 def death(fault: Fault, seed: int, timeout: float) -> Death:
@@ -53,6 +55,8 @@ def death(fault: Fault, seed: int, timeout: float) -> Death:
         bucket_kib=chance.choice([3, 1000]),
         port=_free_port() if seed % 2 else None,
         timeout=timeout,
+        # A rank that stops in DDP's own collective is waited for as long as its group says.
+        buffers=fault != "stop" and seed % 3 < 2,
     )
 
 
@@ -68,7 +72,10 @@ def train(rank: int, say: Callable[[Any], None], folder: str, plan: Death) -> No
     # The trainer's own group waits long: it is ours that must find out.
     patience = timedelta(seconds=600)
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=plan.world, timeout=patience)
-    model = DDP(net(4, seed=4), bucket_cap_mb=plan.bucket_kib / 1024)
+    network = net(4, seed=4)
+    if plan.buffers:
+        network.append(nn.BatchNorm1d(WIDTH))
+    model = DDP(network, bucket_cap_mb=plan.bucket_kib / 1024)
     distopt.register(model, plan.reducer, timeout=timedelta(seconds=plan.timeout))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(10**6):

@@ -30,13 +30,10 @@ def judged(fault, seed, record_property, timeout):
 
 
 def named_or_excused(plan, error):
-    """Whether a survivor named the victim; in two cases it may not.
+    """Whether a survivor named the victim; in one case it may not.
 
-    DDP orders its buckets before the second step, in a collective of its own. Where the store stops with the rank that
-    hosts it, the others cannot tell one another what they saw.
+    Where the store stops with the rank that hosts it, the others cannot tell one another what they saw.
     """
-    if error.startswith("RuntimeError: [") and plan.step < 2:
-        return True
     if "the store does not answer" in error and plan.fault == "stop" and plan.port and plan.victim == 0:
         return True
     return f"rank {plan.victim} " in error

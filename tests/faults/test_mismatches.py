@@ -63,6 +63,29 @@ AT_REGISTER = {
 }
 
 
+# What does not show in the reducer's text, and what all are told.
+UNSEEN = {
+    "a rank by a callable": (
+        lambda odd: (distopt.PowerSGD(rank=lambda name, _: 3 if odd and name == "second.weight" else 2), {}),
+        "the reduction of parameter 'second.weight' differs: rank 1 has sent whole where ranks 0, 2 have 8 x 8 at rank "
+        "2",
+    ),
+    "left out by a callable": (
+        lambda odd: (distopt.PowerSGD(rank=1, uncompressed=lambda name, _: odd), {}),
+        "the reduction of parameter 'first.weight' differs: rank 1 has sent whole where ranks 0, 2 have 8 x 8 at rank "
+        "1",
+    ),
+    "how often replicas are checked": (
+        lambda odd: (distopt.AllReduce(), {"check_replicas_every": 3 if odd else 1000}),
+        "setting 'check_replicas_every' differs: rank 1 has 3 where ranks 0, 2 have 1000",
+    ),
+    "agreement": (
+        lambda odd: (distopt.AllReduce(), {"agreement": not odd}),
+        "setting 'agreement' differs: rank 1 has False where ranks 0, 2 have True",
+    ),
+}
+
+
 class Swapped(nn.Module):
     """Two layers of one shape, in either order; DDP compares shapes, and sees no difference."""
 
@@ -90,13 +113,16 @@ def register_job(rank):
         reducer = distopt.PowerSGD(rank=8 if rank == ODD and case == "other settings" else 4)
         found[case] = told(distopt.register, give() if rank == ODD else parameters(), reducer)
     found["DDP"] = told(distopt.register, DDP(Swapped(rank == ODD)), distopt.AllReduce())
+    for case, (settings, _) in UNSEEN.items():
+        reducer, options = settings(rank == ODD)
+        found[case] = told(distopt.register, parameters(), reducer, **options)
     registration = distopt.register(parameters(), distopt.AllReduce())
     found["set_reducer"] = told(registration.set_reducer, distopt.TopK(0.1 if rank == ODD else 0.2))
     return found
 
 
 def test_ranks_that_register_different_things(record_property):
-    expected = {case: message for case, (_, message) in AT_REGISTER.items()}
+    expected = {case: message for case, (_, message) in (AT_REGISTER | UNSEEN).items()}
     expected["DDP"] = "order differs: rank 1 has 'right.weight' where ranks 0, 2 have 'left.weight'"
     expected["set_reducer"] = (
         "setting 'reducer' differs: rank 1 has TopK(fraction=0.1) where ranks 0, 2 have TopK(fraction=0.2)"
@@ -132,6 +158,10 @@ def steps_job(rank):
     if rank == ODD:
         registration.pause()
     found["paused"] = told(step, model, rank)
+    model, registration = ddp()
+    if rank == ODD:
+        registration.set_loss_scale(64)
+    found["loss scale"] = told(step, model, rank)
     registration = distopt.register(named := parameters(), distopt.PowerSGD(rank=2))
     if rank == ODD:
         registration.pause()
@@ -145,6 +175,7 @@ def test_ranks_that_part_between_steps(record_property):
     expected = {
         "no_sync": "rank 1 did 2 forward passes since its last reduction where ranks 0, 2 did 1 forward pass: "
         "was it in no_sync() alone?",
+        "loss scale": "the loss scale differs: rank 1 has 64 where ranks 0, 2 have 1",
         "paused": "setting 'paused' differs: rank 1 has True where ranks 0, 2 have False",
         "paused, without DDP": "setting 'paused' differs: rank 1 has True where ranks 0, 2 have False",
     }
