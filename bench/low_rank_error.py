@@ -9,6 +9,7 @@ float64.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ COMPETITORS: list[Competitor] = [Distopt(), Torch()]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def gradient(step: int, dtype: torch.dtype) -> Tensor:
+def gradient(step: int, dtype: torch.dtype, shape: tuple[int, int] = SHAPE) -> Tensor:
     """A signal of rank two that stays, and noise of 1 % of its norm that does not."""
     signal, fresh = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + step)
-    left, right = torch.randn(SHAPE[0], 2, generator=signal), torch.randn(2, SHAPE[1], generator=signal)
-    low_rank, noise = left @ right, torch.randn(*SHAPE, generator=fresh)
+    left, right = torch.randn(shape[0], 2, generator=signal), torch.randn(2, shape[1], generator=signal)
+    low_rank, noise = left @ right, torch.randn(*shape, generator=fresh)
     return (low_rank + 0.01 * noise * (low_rank.norm() / noise.norm())).to(dtype)
 
 
@@ -47,12 +48,11 @@ def main() -> None:
     chosen = parser.parse_args()
     records: list[dict[str, Any]] = []
     for dtype in chosen.dtypes:
-        spectrum = torch.linalg.svdvals(gradient(START, DTYPES[dtype]).double()).square()
+        floors = floor(gradient(START, DTYPES[dtype]), chosen.ranks)
         for columns in chosen.ranks:
-            floor = float((spectrum[columns:].sum() / spectrum.sum()).sqrt())
             for who in COMPETITORS:
                 errors = run_ranks(1, run, who, columns, DTYPES[dtype], chosen.steps, timeout=chosen.timeout)[0]
-                figures = {"first": errors[0], "largest": max(errors), "last": errors[-1], "floor": floor}
+                figures = {"first": errors[0], "largest": max(errors), "last": errors[-1], "floor": floors[columns]}
                 records.append({"dtype": dtype, "rank": columns, "competitor": who.label, **figures})
                 print(records[-1], flush=True)
     write_lines(chosen.out / "low_rank_error.jsonl", "low_rank_error", records)
@@ -61,13 +61,21 @@ def main() -> None:
     print("\n" + table)
 
 
-def run(rank: int, who: Competitor, columns: int, dtype: torch.dtype, steps: int) -> list[float]:
+def floor(matrix: Tensor, ranks: Sequence[int]) -> dict[int, float]:
+    """Relative error of the best approximation of each rank."""
+    spectrum = torch.linalg.svdvals(matrix.double()).square()
+    return {columns: float((spectrum[columns:].sum() / spectrum.sum()).sqrt()) for columns in ranks}
+
+
+def run(
+    rank: int, who: Competitor, columns: int, dtype: torch.dtype, steps: int, shape: tuple[int, int] = SHAPE
+) -> list[float]:
     """Relative error of what is delivered, at each compressed step."""
-    model = DDP(Given({"weight": SHAPE}, dtype))
+    model = DDP(Given({"weight": shape}, dtype))
     who.attach(model, rank=columns, start=START)
     errors: list[float] = []
     for step in range(START + steps):
-        fed = gradient(step, dtype)
+        fed = gradient(step, dtype, shape)
         model({"weight": fed}).backward()
         error = delivered(model)["weight"].double() - fed.double()
         errors.append(float(error.norm() / fed.double().norm()))

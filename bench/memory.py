@@ -1,6 +1,7 @@
 """What error feedback costs in memory: exact bytes per parameter, beside plain DDP and torch's own hook.
 
     python -m bench.memory
+    python -m bench.memory --layers 96
 
 24 linear layers of 256 x 256 (6.3 MB), 8 buckets, 2 micro-batches a step, plain SGD, one rank, whose collectives need
 no buffers. Counted are all bytes that torch's CPU allocator hands out, from the profiler's memory events, beyond the
@@ -35,7 +36,7 @@ from bench.stamp import markdown, write_lines
 from distopt.comm.worker import Worker
 from tests.processes import run_ranks
 
-LAYERS, WIDTH, BATCH = 24, 256, 4
+WIDTH, BATCH = 256, 4
 STEPS = 8
 MARK = 12_347
 """Bytes of a tensor that is made only to find a moment among the profiler's events; nothing else is of that size."""
@@ -82,12 +83,13 @@ def main() -> None:
     """Read the command line, measure every variant in a process of its own, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=4, help="rank of PowerSGD")
+    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     records: list[dict[str, Any]] = []
     for variant in VARIANTS:
-        figures = run_ranks(1, measure, variant, chosen.rank)[0]
-        records.append({"variant": variant.label, "rank": chosen.rank, **figures})
+        figures = run_ranks(1, measure, variant, chosen.rank, chosen.layers)[0]
+        records.append({"variant": variant.label, "rank": chosen.rank, "layers": chosen.layers, **figures})
         print(records[-1], flush=True)
     write_lines(chosen.out / "memory.jsonl", "memory", records)
     rows = [[r["variant"], r["buckets"], f"{r['live']:.2f}", f"{r['peak']:.2f}"] for r in records]
@@ -96,17 +98,17 @@ def main() -> None:
     print("\n" + table)
 
 
-def measure(rank: int, variant: Variant, columns: int) -> dict[str, float]:
+def measure(rank: int, variant: Variant, columns: int, layers: int) -> dict[str, float]:
     """Bytes per parameter of one set-up."""
     with on_one_thread(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        buckets = train(variant, columns)
+        buckets = train(variant, columns, layers)
     totals, marks = [], []
     for size, total in sorted_events(profiler):
         if size == MARK:
             marks.append(len(totals))
         totals.append(total)
     before, begun, ended = (totals[marks[0]], *marks[-2:])
-    parameters = LAYERS * WIDTH * WIDTH
+    parameters = layers * WIDTH * WIDTH
     peak = max(totals[begun + 1 : ended])
     return {"buckets": buckets, "live": (totals[ended] - before) / parameters, "peak": (peak - before) / parameters}
 
@@ -123,9 +125,9 @@ def sorted_events(profiler: profile) -> list[tuple[int, int]]:
     return [(size, total) for _, size, total in sorted(events, key=lambda event: event[0])]
 
 
-def train(variant: Variant, columns: int) -> int:
+def train(variant: Variant, columns: int, layers: int) -> int:
     """Some steps, with a mark after the model is built and after each step; the number of buckets."""
-    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)])
     mark()
     if variant.settings is not None:
         return train_list(model, variant.settings, columns)

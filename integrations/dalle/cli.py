@@ -27,6 +27,8 @@ from .settings import (
     preset,
 )
 
+_MOST_PLANNED = 65_536
+"""Ranks that ``--check`` plans for; those that are started are fewer."""
 _EXAMPLES = """examples:
   distopt-dalle demo                                   train and score the drawn task, about 10 minutes on two cores
   distopt-dalle train --data photos --out runs/photos  train on name.jpg beside name.txt
@@ -85,7 +87,6 @@ def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     if place is None or place.rank == 0:
         _writable_folder("--out", out)
     if place is None:
-        launch.check_startable(parsed.ranks)
         return launch.start(given, parsed.ranks, out / "error.txt")
     from .demo import run
     from .ranks import work
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "Train both stages on the drawn task, sample, score, and write a report.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
-    _add_ranks(demo)
+    _add_ranks(demo, launch.MOST)
     _add_steps(demo, "the published scores need the default")
     demo.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     demo.add_argument(
@@ -230,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", choices=PRESETS, help="settings of the paper's sizes, which --config and flags change"
     )
     train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
-    _add_ranks(train)
+    _add_ranks(train, _MOST_PLANNED)
     _add_steps(train, "overrides the configuration")
     train.add_argument(
         "--size", type=_whole(8, 512), metavar="PX", help="side of the pictures, a multiple of 4 (default: 32)"
@@ -252,9 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_ranks(parser: argparse.ArgumentParser) -> None:
+def _add_ranks(parser: argparse.ArgumentParser, most: int) -> None:
     meaning = "processes that train together (default: 2; under torchrun, those that it started)"
-    parser.add_argument("--ranks", type=_whole(1, 65_536), default=2, metavar="N", help=meaning)
+    parser.add_argument("--ranks", type=_whole(1, most), default=2, metavar="N", help=meaning)
 
 
 def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:

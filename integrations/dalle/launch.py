@@ -24,7 +24,7 @@ from .settings import InputError
 MEETING = "DISTOPT_MEETING"
 """Environment variable: the folder where ranks that we started find each other and leave word of their errors."""
 _COMMAND = "distopt.integrations.dalle"
-_MOST = 64
+MOST = 64
 """Ranks that `start` may start."""
 _GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
@@ -125,8 +125,8 @@ def check_startable(ranks: int) -> None:
     Raises:
         InputError: there are too many; names another way.
     """
-    if ranks > _MOST:
-        raise InputError(f"--ranks {ranks}: at most {_MOST} are started here; torchrun starts them on several machines")
+    if ranks > MOST:
+        raise InputError(f"--ranks {ranks}: at most {MOST} are started here; torchrun starts them on several machines")
 
 
 def check_devices(device: str, ranks: int) -> None:

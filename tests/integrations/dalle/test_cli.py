@@ -56,6 +56,9 @@ def _refused(capsys, arguments, *words):
         (["demo", "--steps-1", "1.5"], ["--steps-1", "'1.5'"]),
         (["demo", "--rank", "0"], ["--rank", "'0'", "from 1 to 1024"]),
         (["demo", "--device", "tpu"], ["--device", "tpu", "cpu"]),
+        (["demo", "--shard", "0"], ["--shard", "'0'", "from 1 to 1024"]),
+        (["demo", "--shard", "2", "--ranks", "3"], ["shard is 2", "a divisor of the number of ranks, which is 3"]),
+        (["train", "--data", ".", "--out", "x", "--preset", "huge"], ["--preset", "huge", "paper-12b"]),
         (["demo", "--precision", "fp8"], ["--precision", "fp8", "fp32", "bf16", "fp16"]),
         (["train", "--data", ".", "--out", "x", "--precision", "half"], ["--precision", "half", "fp16"]),
         (["demo", "--reducer", "magic"], ["--reducer", "magic", "powersgd"]),
@@ -80,11 +83,18 @@ def test_bad_arguments_are_refused_in_one_line(capsys, arguments, words):
     [
         ("sise = 3", ["sise", "3", "size"]),
         ("size = 'big'", ["size", "'big'", "a whole number"]),
-        ("size = 33", ["size", "33", "a multiple of 4"]),
+        ("size = 33", ["size", "33", "a multiple of stage1.patch, which is 4"]),
         ("[stage1]\nstepz = 3", ["stage1.stepz", "steps"]),
         ("[stage2]\nbatch = 63", ["stage2.batch", "63", "a multiple", "2"]),
         ("precision = 'fp8'", ["precision", "'fp8'", "one of fp32, bf16, fp16"]),
         ("size = ", ["not valid TOML"]),
+        ("shard = 3", ["shard", "3", "a divisor of the number of ranks, which is 2"]),
+        ("size = 32\n[stage1]\npatch = 5", ["size", "32", "a multiple of stage1.patch, which is 5"]),
+        ("[communication]\nwire = 'int8'", ["communication.wire", "'int8'", "one of float32, bfloat16, float16"]),
+        (
+            "shard = 2\n[stage2]\nwidth = 15\nheads = 3\n[communication]\nseparate = true",
+            ["stage2.width", "15", "shard"],
+        ),
     ],
 )
 def test_bad_configurations_are_refused_in_one_line(capsys, tmp_path, data, config, words):
@@ -95,7 +105,12 @@ def test_bad_configurations_are_refused_in_one_line(capsys, tmp_path, data, conf
 
 
 def test_a_flag_that_does_not_fit_is_refused(capsys, tmp_path, data):
-    _refused(capsys, ["train", "--data", data, "--out", tmp_path / "run", "--size", "33"], "33", "a multiple of 4")
+    _refused(
+        capsys,
+        ["train", "--data", data, "--out", tmp_path / "run", "--size", "33"],
+        "33",
+        "a multiple of stage1.patch, which is 4",
+    )
 
 
 def test_a_folder_without_usable_pictures_is_refused(capsys, tmp_path):
@@ -121,6 +136,19 @@ def test_check_says_what_is_usable_and_trains_nothing(capsys, tmp_path, data):
     assert "3 pictures with captions" in said
     assert "left out: 1 with an empty caption: 3.png" in said
     assert not out.exists()
+
+
+def test_check_plans_for_more_ranks_than_can_be_started(capsys, tmp_path, data):
+    config = tmp_path / "f.toml"
+    config.write_text("[stage2]\nlayers = 2")
+    arguments = ["train", "--data", data, "--out", tmp_path / "run", "--preset", "paper-12b", "--config", config]
+    arguments += ["--ranks", "1024", "--shard", "8"]
+    assert main([*map(str, arguments), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "stage 2, each of 128 x 8 ranks" in said
+    assert "saved of the matrices' numbers: 85.7%" in said  # two layers beside one projection
+    _refused(capsys, arguments, "--ranks 1024", "at most 64")
+    assert not (tmp_path / "run").exists()
 
 
 def test_check_refuses_an_output_that_cannot_be_written(capsys, data):

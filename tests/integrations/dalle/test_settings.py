@@ -64,7 +64,7 @@ def test_a_whole_number_is_a_number():
         ({"size": 32.0}, ["size", "32.0", "a whole number"]),
         ({"size": True}, ["size", "True", "a whole number"]),
         ({"seed": True}, ["seed", "True", "a whole number"]),
-        ({"size": 30}, ["size", "30", "a multiple of 4"]),
+        ({"size": 30}, ["size", "30", "a multiple of stage1.patch, which is 4"]),
         ({"size": 4}, ["size", "4", "from 8 to 512"]),
         ({"seed": -1}, ["seed", "-1", "from 0 to 2**63 - 1"]),
         ({"held_out": 1.0}, ["held_out", "1.0", "from 0 to 0.9"]),
