@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from distopt.reducers.topk import TopK as TopK
     from distopt.scaling.resblock import ResblockScaler as ResblockScaler
     from distopt.sharding.shard import shard as shard
+    from distopt.sharding.topology import node_mesh as node_mesh
 
 __version__ = "0.1.0"
 
@@ -76,6 +77,7 @@ _HOMES = {
     "TopK": "distopt.reducers.topk",
     "ResblockScaler": "distopt.scaling.resblock",
     "shard": "distopt.sharding.shard",
+    "node_mesh": "distopt.sharding.topology",
 }
 
 

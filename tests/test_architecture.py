@@ -46,6 +46,7 @@ PUBLIC = [
     "WindowError",
     "accumulate",
     "log_to_tensorboard",
+    "node_mesh",
     "register",
     "shard",
 ]

@@ -25,7 +25,8 @@ from distopt.comm.communicator import Communicator
 from distopt.errors import DistoptError, RegistrationError, SettingError
 from distopt.reducers.allreduce import AllReduce
 from distopt.reducers.reducer import Reducer, Slot
-from distopt.sharding.mesh import Grid, grid_of
+from distopt.sharding.mesh import Grid, grid_of, members
+from distopt.sharding.topology import mesh_of_nodes
 from distopt.sharding.units import find_units, names_by_unit, prefetch, recompute_in_backward
 
 
@@ -71,7 +72,8 @@ def shard(
         model: on its device; changed in place.
         units: what is gathered together, in the order of forward: its blocks, in the ways that `ResblockScaler` may be
             given branches. Of what a pattern matches, the outermost modules. Parameters outside of them are a unit too.
-        mesh: replicas by shards. With one dimension, or ``None`` for all ranks, there is one replica.
+        mesh: replicas by shards; with one dimension there is one replica. If ``None``, nodes by the ranks of a node, as
+            `node_mesh` finds them.
         reducer: the settings, ``distopt.PowerSGD(rank=8)`` for example; exact if ``None``. It sees this rank's piece of
             each gradient: a block of rows. With one replica gradients stay exact, as nothing is sent.
         recompute: keep the inputs of each unit only, and compute the rest a second time in backward.
@@ -127,9 +129,11 @@ def _shard(
     watch: Watch,
     grad_scaler: LossScaler | None,
 ) -> Registration:
-    grid = grid_of(mesh, next(model.parameters()).device.type)
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    everyone = Communicator(world, ranks=members(mesh), timeout=options.timeout)
+    grid = grid_of(mesh_of_nodes(everyone, next(model.parameters()).device.type) if mesh is None else mesh)
     exempt = {plain_name(name) for name in exempt_names(model)}
-    everyone = _assemble(model, parts, grid, options.timeout)
+    _assemble(model, parts, grid, everyone)
     managed = _cut(model, parts, grid.shards, options)
     parameters = named_parameters(model)
     cuts = {name: _cut_of(parameter) for name, parameter in parameters.items()}
@@ -138,7 +142,6 @@ def _shard(
     engine = Engine(slots, reducer, watch, grad_scaler, shards)
     _check_everywhere(engine, reducer, everyone, len(grid.replicas))
     attachment = FSDPAttachment(cast(FSDPModule, model), managed, parameters, engine, shards)
-    world = cast(dist.ProcessGroup, dist.group.WORLD)
     engine.connect(Communicator(world, ranks=grid.replicas, timeout=options.timeout))
     registration = Registration(engine, attachment)
     setattr(model, REGISTRATION, registration)
@@ -163,16 +166,14 @@ def _check(model: object) -> None:
     refuse_sparse(model)
 
 
-def _assemble(model: nn.Module, parts: list[Part], grid: Grid, timeout: timedelta | None) -> Communicator:
+def _assemble(model: nn.Module, parts: list[Part], grid: Grid, everyone: Communicator) -> None:
     """Let all ranks have the same parameters, to the bit, once they are known to have the same ones."""
-    everyone = Communicator(cast(dist.ProcessGroup, dist.group.WORLD), ranks=grid.everyone, timeout=timeout)
     tensors = {**named_parameters(model), **named_buffers(model)}
     facts = [(name, describe(tensor)) for name, tensor in tensors.items()]
     everyone.guard("the comparison of parameters", agree, everyone.group, facts, "parameter")
     settings = [("units", repr([part.name for part in parts])), ("replicas", str(len(grid.replicas)))]
     everyone.guard("the comparison of settings", agree, everyone.group, settings, "setting")
     copy_from_first(everyone, tensors)
-    return everyone
 
 
 def _cut(model: nn.Module, parts: list[Part], mesh: DeviceMesh, options: _Options) -> dict[FSDPModule, list[str]]:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,11 +137,10 @@ def distribute(
     if context.reducer is None or not dist.is_initialized():
         return module, None
     if context.shards > 1:
-        shape = (context.world_size // context.shards, context.shards)
         return module, distopt.shard(
             module,
             units,
-            mesh=init_device_mesh(context.device.type, shape, mesh_dim_names=("replica", "shard")),
+            mesh=distopt.node_mesh(context.device.type, shards=context.shards),
             reducer=context.reducer,
             grad_scaler=grad_scaler,
             shard_placement_fn=placement(by_columns, context.shards),

@@ -1,0 +1,1 @@
+"""What a sharded step costs beside torch's own hybrid sharding, over networks of several speeds."""
