@@ -80,7 +80,7 @@ class FSDPAttachment:
         """What lay in ``.grad`` of that unit's parameters before."""
         self._partial: set[str] = set()
         """Parameters whose ``.grad`` is this rank's own sum over passes that did not synchronise."""
-        self._scales = [_ScaleOf(parameter) for parameter in self._parameters.values()]
+        self._scales = [ScaleOf(parameter) for parameter in self._parameters.values()]
         for slot, scale in zip(engine.slots.values(), self._scales, strict=True):
             declare(slot.parameter, scale, 0)
         module = cast(nn.Module, model)
@@ -245,7 +245,7 @@ class FSDPAttachment:
             torch.cuda.current_stream(device).synchronize()
 
 
-class _ScaleOf:
+class ScaleOf:
     """Tells by what the gradient of a whole parameter is scaled to whoever asks for its piece."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
