@@ -130,6 +130,8 @@ def pipeline(
             raise SettingError(field, value, "True or False")
     if not isinstance(cast(object, reducer), Reducer):
         raise SettingError("reducer", reducer, "None, or a reducer such as distopt.PowerSGD(rank=4)")
+    if grad_scaler is not None and not all(hasattr(grad_scaler, name) for name in ("scale", "get_scale")):
+        raise SettingError("grad_scaler", type(grad_scaler).__name__, "a torch.amp.GradScaler or a ResblockScaler")
     given = check_costs(costs, len(named))
     if given is not None and sample is not None:
         raise SettingError("sample", type(sample).__name__, "None where costs are given")
@@ -171,7 +173,7 @@ def _pipeline(
         [slot_of(name, p, name in exempt) for name, p in parameters.items()], reducer, watch, plan.grad_scaler, shards
     )
     check_everywhere(engine, reducer, everyone, len(place.replicas))
-    units = [[f"{name}.{key}" for key in named_parameters(block)] for name, block in reversed(mine.items())]
+    units = [[f"{name}.{key}" for key in named_parameters(block)] for name, block in reversed([*mine.items()])]
     attachment = PipelineAttachment(engine, shards, parameters, units, device)
     engine.connect(Communicator(world, ranks=place.replicas, timeout=options.timeout))
     registration = PipelineRegistration(engine, attachment, shards, pipe, everything)

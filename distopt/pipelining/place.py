@@ -1,6 +1,6 @@
 """Which ranks make up a pipeline, and which hold the same stage."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -60,5 +60,5 @@ def place_of(mesh: object) -> Place:
 
 
 def _last(mesh: DeviceMesh) -> DeviceMesh:
-    names = cast(tuple[str, ...] | None, mesh.mesh_dim_names)
+    names = mesh.mesh_dim_names
     return DeviceMesh.from_group(mesh.get_group(2), mesh.device_type) if names is None else mesh[names[2]]

@@ -150,11 +150,13 @@ class Pipeline:
         """
         training = [module for module in self.module.modules() if module.training]
         self.module.eval()
+        self._attachment.set_aside()  # torch takes gradients away when it prepares, and divides them in the end
         try:
             output = self._run(x, target, training=False)
         finally:
             for module in training:
                 module.training = True
+            self._attachment.put_back()
             reshard(list(self._chains.values()))
         if self.is_last:
             assert output is not None
@@ -165,16 +167,18 @@ class Pipeline:
     def _run(self, x: Tensor | None, target: Tensor | None, *, training: bool) -> Tensor | None:
         """Go through a batch; give what comes out of the last stage, in evaluation."""
         plan, pipe = self._plan, self._ranks.pipe
-        first = x.detach().tensor_split(plan.microbatches)[0] if self.is_first and x is not None and len(x) else None
-        renewed = self._agree(x, target, None if first is None else look_at(first), training)
-        if renewed:
-            self._ready[training] = (None if first is None else look_at(first), self._build(first, training))
+        fault = self._fault(x, target)
+        first = x.detach().chunk(plan.microbatches)[0] if self.is_first and x is not None and fault is None else None
+        look = None if first is None else look_at(first)
+        if self._agree(fault, look, training):
+            self._ready[training] = look, self._build(first, training)
         if not self.is_last and plan.grad_scaler is not None and training:
             plan.grad_scaler.scale(torch.ones((), device=self._ranks.device))  # torch's begins to exist with this
         if plan.loss_fn is None:  # torch splits a target in any case
             target = torch.zeros(plan.microbatches)
         self._losses, self._error = [], None
-        self._actions.clear()
+        if training:
+            self._actions.clear()
         inputs = (x,) if self.is_first else ()
         schedule = self._ready[training][1]
         pipe.step += training
@@ -196,7 +200,7 @@ class Pipeline:
         plan, (_, pipe, _, device) = self._plan, self._ranks
         looks = find_looks(self._chains, plan.stages, first, pipe, device)
         stages = [
-            Stage(chain, index, plan.stages, looks[index], device, pipe, self._actions)
+            Stage(chain, index, plan.stages, looks[index], device, pipe, self._actions if training else [])
             for index, chain in self._chains.items()
         ]
         loss_fn = self._scaled_loss if training else None
@@ -228,21 +232,15 @@ class Pipeline:
         losses = [loss for is_last, loss in told if is_last]
         return torch.tensor(sum(losses) / len(losses), dtype=torch.float64, device=self._ranks.device)
 
-    def _agree(self, x: Tensor | None, target: Tensor | None, look: Look | None, training: bool) -> bool:
+    def _agree(self, fault: tuple[str, object, str] | None, look: Look | None, training: bool) -> bool:
         """Let all ranks raise if one cannot work; tell whether this pipeline is given another kind of batch."""
-        everyone, fault = self._ranks.everyone, self._fault(x, target)
-        before = self._ready.get(training)
+        everyone, before = self._ranks.everyone, self._ready.get(training)
         renewed = before is None or (self.is_first and before[0] != look)
-        rows = [
-            -1 if not needed or fault or t is None else len(t)
-            for needed, t in ((self.is_first, x), (self.is_last, target))
-        ]
-        told = everyone.gather_numbers([fault is not None, renewed, *rows])
-        if any(bad for bad, *_ in told):
-            faults = [found for found in everyone.gather_objects(fault) if found is not None]
-            raise SettingError(*faults[0])
-        mine = [row for rank, row in zip(everyone.ranks, told, strict=True) if rank in self._ranks.place.pipe]
-        return any(renewed for _, renewed, *_ in mine)
+        told = everyone.gather_numbers([fault is not None, renewed])
+        if any(bad for bad, _ in told):
+            raise SettingError(*next(found for found in everyone.gather_objects(fault) if found is not None))
+        pipe = self._ranks.place.pipe
+        return any(new for rank, (_, new) in zip(everyone.ranks, told, strict=True) if rank in pipe)
 
     def _fault(self, x: Tensor | None, target: Tensor | None) -> tuple[str, object, str] | None:
         """What is wrong with a batch on this rank."""

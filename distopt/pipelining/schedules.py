@@ -40,6 +40,8 @@ def check_schedule(schedule: ScheduleName, ranks: int, stages: int, microbatches
         SettingError: with one line that says what it needs.
     """
     if schedule == "interleaved":
+        if ranks == 1:
+            raise SettingError("schedule", schedule, "'1f1b' or 'gpipe' where a pipeline has one rank")
         if stages % ranks != 0 or stages == ranks:
             raise SettingError("stages", stages, f"a multiple of the {ranks} ranks of the pipeline, at least twice it")
         rounds = max(1, microbatches // ranks)

@@ -29,7 +29,7 @@ class Chain(nn.Module):
             for block in self.blocks.values():
                 x = block(x)
             if not isinstance(cast(object, x), Tensor):
-                name = next(reversed(self.blocks))
+                name = [*self.blocks][-1]
                 raise RegistrationError(
                     f"block {name!r} ends a stage with a {type(x).__name__}, but must give one tensor"
                 )

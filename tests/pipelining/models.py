@@ -57,20 +57,21 @@ def optimizer_of(parameters):
     return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.05, momentum=0.9)
 
 
-def sequential_step(model, batches, microbatches):
-    """The same batches one after the other, in micro-batches that are added up in their order; the mean loss."""
-    total = 0.0
+def sequential_step(model, batches, microbatches, mean=True):
+    """The same batches, each in micro-batches that are added up in their order, and averaged; gives the mean loss."""
+    total, found = 0.0, []
     for x, target in batches:
+        model.zero_grad()
         pairs = zip(x.chunk(microbatches), target.chunk(microbatches), strict=True)
         losses = [loss_fn(model(part), wanted) for part, wanted in pairs]
         for loss in losses:
             loss.backward()
-        total += sum(float(loss) for loss in losses) / microbatches / len(batches)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(microbatches)
-            parameter.grad.div_(len(batches))
-    return total
+        count = microbatches if mean else 1
+        total += sum(loss.item() for loss in losses) / count
+        found.append([None if p.grad is None else p.grad / count for p in model.parameters()])
+    for parameter, *parts in zip(model.parameters(), *found, strict=True):
+        parameter.grad = None if parts[0] is None else sum(parts[1:], parts[0]) / len(batches)
+    return total / len(batches)
 
 
 def whole(pipe):
