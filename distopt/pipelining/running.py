@@ -157,7 +157,7 @@ class Pipeline:
             for module in training:
                 module.training = True
             self._attachment.put_back()
-            reshard(list(self._chains.values()))
+        reshard(list(self._chains.values()))
         if self.is_last:
             assert output is not None
             for part, wanted in zip(*self._parts(output, target), strict=True):
