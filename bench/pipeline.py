@@ -3,11 +3,12 @@
     python -m bench.pipeline
 
 Blocks do nothing but sleep, twice as long in backward as in forward: so ranks do not compete for processor cores, and
-what is measured is the schedule, with what sending, gathering and torch's own bookkeeping add. Both kinds of stages have
-the same blocks in all: eight for two and for four ranks; interleaved ones are cut into twice as many stages.
+what is measured is the schedule, with what sending, gathering and torch's own bookkeeping add. There are eight blocks,
+whatever the number of ranks; interleaved, they make twice as many stages.
 
-A rank's idle share is the part of a step that it spends outside of its forwards and backwards, from the first of any rank
-to the last. Given are the mean over ranks and the ranks' range, of the median over steps.
+A rank's idle share is the part of a step that it spends outside of its forwards and backwards, from the first of any
+rank to the last. Given are the mean over ranks, and the ranks' range, of the shortest step, which other processes
+disturbed the least.
 """
 
 import argparse
@@ -23,11 +24,11 @@ from torch import Tensor, nn
 
 import distopt
 from bench.stamp import markdown, write_lines
-from distopt.pipelining.schedules import Action, bubble_share
+from distopt.pipelining.schedules import Action, ScheduleName, bubble_share
 from tests.processes import run_ranks
 
 BLOCKS = 8
-SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
+SCHEDULES: dict[ScheduleName, int] = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
 """Stages of a rank."""
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--milliseconds", type=float, default=10.0, help="forward of a block")
+    parser.add_argument("--milliseconds", type=float, default=20.0, help="forward of a block")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     records = [
@@ -89,8 +90,8 @@ def measured(ranks: int, microbatches: Sequence[int], steps: int, seconds: float
     for schedule, each in SCHEDULES.items():
         for count in microbatches:
             found = run_ranks(ranks, job, schedule, each * ranks, count, steps, seconds, timeout=600.0)
-            by_step = [shares_of(step) for step in zip(*found, strict=True)]
-            shares = [statistics.median(rank) for rank in zip(*by_step, strict=True)]
+            shortest = min(zip(*found, strict=True), key=span)
+            shares = shares_of(shortest)
             records.append(
                 {
                     "schedule": schedule,
@@ -99,6 +100,7 @@ def measured(ranks: int, microbatches: Sequence[int], steps: int, seconds: float
                     "microbatches": count,
                     "steps": steps,
                     "forward_seconds": seconds,
+                    "step_seconds": span(shortest),
                     "formula": bubble_share(schedule, ranks, each * ranks, count),
                     "idle": statistics.mean(shares),
                     "idle_by_rank": shares,
@@ -107,7 +109,9 @@ def measured(ranks: int, microbatches: Sequence[int], steps: int, seconds: float
     return records
 
 
-def job(rank: int, schedule: Any, stages: int, microbatches: int, steps: int, seconds: float) -> list[list[Action]]:
+def job(
+    rank: int, schedule: ScheduleName, stages: int, microbatches: int, steps: int, seconds: float
+) -> list[list[Action]]:
     """What this rank did in each step, after one that prepares."""
     blocks = [Sleeper(seconds) for _ in range(BLOCKS)]
     pipe = distopt.pipeline(
@@ -122,11 +126,14 @@ def job(rank: int, schedule: Any, stages: int, microbatches: int, steps: int, se
     return found[1:]
 
 
+def span(step: Sequence[Sequence[Action]]) -> float:
+    """Seconds from the first action to the last; all clocks are one machine's."""
+    return max(action.end for row in step for action in row) - min(action.begin for row in step for action in row)
+
+
 def shares_of(step: Sequence[Sequence[Action]]) -> list[float]:
-    """Share of a step that each rank was idle; all clocks are one machine's."""
-    begin = min(action.begin for row in step for action in row)
-    end = max(action.end for row in step for action in row)
-    return [1 - sum(action.end - action.begin for action in row) / (end - begin) for row in step]
+    """Share of a step that each rank was idle."""
+    return [1 - sum(action.end - action.begin for action in row) / span(step) for row in step]
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

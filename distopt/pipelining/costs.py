@@ -15,12 +15,15 @@ from distopt.errors import AgreementError, SettingError
 _REPEATS = 3
 
 
-def check_costs(costs: object, blocks: int) -> list[float] | None:
+def check_costs(costs: object, sample: object, blocks: int) -> list[float] | None:
     """Costs as numbers; ``None`` if there are none.
 
     Raises:
-        SettingError: if they are not one number of at least 0 a block, or all 0.
+        SettingError: if they are not one number of at least 0 a block, or all 0, or there is a sample besides; or if
+            the sample is no batch.
     """
+    if sample is not None and (costs is not None or not isinstance(sample, Tensor) or sample.ndim == 0):
+        raise SettingError("sample", type(sample).__name__, "a tensor with a batch dimension, or None; none with costs")
     if costs is None:
         return None
     allowed = f"{blocks} finite numbers of at least 0, one a block, not all 0"

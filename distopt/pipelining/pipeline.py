@@ -8,23 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from distopt.attach.engine import Engine, Watch
 from distopt.attach.exemptions import exempt_names
-from distopt.attach.register import REGISTRATION, refuse_sparse
+from distopt.attach.register import REGISTRATION
 from distopt.attach.replicas import copy_from_first, named_buffers, named_parameters
 from distopt.comm.agreement import agree, describe
 from distopt.comm.communicator import Communicator
-from distopt.errors import RegistrationError, SettingError
 from distopt.pipelining.attachment import Column, PipelineAttachment
+from distopt.pipelining.checks import check_blocks, check_flags, check_parts, check_settings, named_blocks
 from distopt.pipelining.costs import agreed_costs, check_costs
 from distopt.pipelining.partition import partition
 from distopt.pipelining.place import Place, place_of
 from distopt.pipelining.registration import PipelineRegistration
 from distopt.pipelining.running import LossScaling, Pipeline, Plan, Ranks
-from distopt.pipelining.schedules import SCHEDULES, ScheduleName, check_schedule
+from distopt.pipelining.schedules import ScheduleName, check_schedule
 from distopt.pipelining.stages import Chain
 from distopt.reducers.allreduce import AllReduce
 from distopt.reducers.reducer import Reducer
@@ -39,6 +38,8 @@ class _Options(NamedTuple):
     reshard_after_forward: bool
     mp_policy: MixedPrecisionPolicy
     timeout: timedelta | None
+    costs: Sequence[float] | None
+    sample: Tensor | None
 
 
 def pipeline(
@@ -73,23 +74,18 @@ def pipeline(
     Args:
         blocks: the model, first to last; each takes one tensor and gives one. Their names are those of the
             ``nn.Sequential`` or ``nn.ModuleList``, or their places.
-        stages: how many there are; as many as ranks in a pipeline, or a multiple of it if ``schedule`` is
-            ``"interleaved"``: rank 0 then has the first stage, and one more every so many.
+        stages: as many as ranks in a pipeline; twice as many or more, in turn, if ``schedule`` is ``"interleaved"``.
         schedule: ``"gpipe"`` (all forward, then all backward), ``"1f1b"`` (keeps at most as many micro-batches as there
             are stages) or ``"interleaved"`` (waits less, and sends more).
         microbatches: how many pieces a batch is cut into, along its first dimension.
-        reducer: the settings, ``distopt.PowerSGD(rank=8)`` for example; exact if ``None``. With one replica gradients
-            stay exact, as nothing is sent.
+        reducer: the settings, ``distopt.PowerSGD(rank=8)`` for example; exact if ``None``, or with one replica.
         mesh: stages, by replicas, by shards; the last ones may be missing. ``None``: all ranks are one pipeline.
         loss_fn: of output and target of a micro-batch; ``None`` if the last block gives the loss.
-        mean: whether ``loss_fn`` is a mean over samples, so that the batch's loss is the mean of its micro-batches';
-            if not, it is their sum.
+        mean: whether the loss of a batch is the mean of its micro-batches' losses; if not, it is their sum.
         costs: of each block, in any unit, to divide them by.
-        sample: a micro-batch; the first rank measures the costs of the blocks with it. Without either, all blocks
-            count alike.
+        sample: a micro-batch, for the first rank to measure costs with. Without either, all blocks count alike.
         recompute: keep the inputs of each block only, and compute the rest a second time in backward.
-        reshard_after_forward: with shards, gather each block anew for every micro-batch, forward and backward; if not,
-            once a step, and keep it until then.
+        reshard_after_forward: gather each block's shards anew for every micro-batch; if not, once a step.
         grad_scaler: a ``torch.amp.GradScaler`` or a `ResblockScaler`, whose ``scale`` the loss is given to.
         mp_policy: as in ``fully_shard``.
         timeout: as in `register`.
@@ -102,8 +98,7 @@ def pipeline(
         The pipeline: ``step(x, target=...)`` gives the loss, and leaves gradients of ``parameters()``.
 
     Raises:
-        RegistrationError: if ``torch.distributed`` is not initialised, or a block is wrapped, sharded or on the meta
-            device, or has sparse gradients.
+        RegistrationError: if ``torch.distributed`` is not initialised, or a block is not fit to be sharded.
         SettingError: if a setting is not allowed, or blocks share a parameter.
         AgreementError: if the ranks have different parameters or settings.
 
@@ -121,29 +116,32 @@ def pipeline(
 
     Source: Huang et al. 2019 (arXiv:1811.06965); Narayanan et al. 2021 (arXiv:2104.04473).
     """
-    named = _named(blocks)
-    reducer = AllReduce() if reducer is None else reducer
-    _check_settings(stages, schedule, microbatches, loss_fn, len(named))
-    flags = {"mean": mean, "recompute": recompute, "reshard_after_forward": reshard_after_forward}
-    for field, value in flags.items():
-        if not isinstance(cast(object, value), bool):
-            raise SettingError(field, value, "True or False")
-    if not isinstance(cast(object, reducer), Reducer):
-        raise SettingError("reducer", reducer, "None, or a reducer such as distopt.PowerSGD(rank=4)")
-    if grad_scaler is not None and not all(hasattr(grad_scaler, name) for name in ("scale", "get_scale")):
-        raise SettingError("grad_scaler", type(grad_scaler).__name__, "a torch.amp.GradScaler or a ResblockScaler")
-    given = check_costs(costs, len(named))
-    if given is not None and sample is not None:
-        raise SettingError("sample", type(sample).__name__, "None where costs are given")
-    watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
-    _check_blocks(named)
-    place = place_of(mesh)
-    check_schedule(schedule, len(place.pipe), stages, microbatches)
     plan = Plan(schedule, stages, microbatches, loss_fn, mean, grad_scaler)
-    options = _Options(recompute, reshard_after_forward, mp_policy or MixedPrecisionPolicy(), timeout)
-    ranks = _meet(named, plan, place, timeout, [*flags.items(), ("costs", given)])
-    split = partition(given or agreed_costs(list(named.values()), sample, ranks.everyone), stages)
-    return _pipeline(named, split, plan, ranks, reducer, options, watch)
+    options = _Options(recompute, reshard_after_forward, mp_policy or MixedPrecisionPolicy(), timeout, costs, sample)
+    watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
+    return _checked(blocks, plan, mesh, AllReduce() if reducer is None else reducer, options, watch)
+
+
+def _checked(
+    blocks: object, plan: Plan, mesh: DeviceMesh | None, reducer: Reducer, options: _Options, watch: Watch
+) -> Pipeline:
+    """Refuse what is not allowed, agree with the other ranks, and divide the blocks."""
+    named = named_blocks(blocks)
+    check_settings(plan.stages, plan.schedule, plan.microbatches, len(named))
+    check_parts(plan.loss_fn, reducer, plan.grad_scaler)
+    flags = {
+        "mean": plan.mean,
+        "recompute": options.recompute,
+        "reshard_after_forward": options.reshard_after_forward,
+    }
+    check_flags(flags)
+    costs = check_costs(options.costs, options.sample, len(named))
+    check_blocks(named)
+    place = place_of(mesh)
+    check_schedule(plan.schedule, len(place.pipe), plan.stages, plan.microbatches)
+    ranks = _meet(named, plan, place, options.timeout, [*flags.items(), ("costs", costs)])
+    costs = costs or agreed_costs(list(named.values()), options.sample, ranks.everyone)
+    return _pipeline(named, partition(costs, plan.stages), plan, ranks, reducer, options, watch)
 
 
 def _pipeline(
@@ -180,54 +178,6 @@ def _pipeline(
     made = Pipeline(plan, ranks, chains, [[names[i] for i in part] for part in split], attachment, registration)
     setattr(made.module, REGISTRATION, registration)
     return made
-
-
-def _named(blocks: object) -> dict[str, nn.Module]:
-    allowed = "an nn.Sequential, an nn.ModuleList or a list of modules"
-    if isinstance(blocks, (nn.Sequential, nn.ModuleList)):
-        return dict(blocks.named_children()) if len({*map(id, blocks)}) == len(blocks) else dict(_listed(list(blocks)))
-    if isinstance(blocks, nn.Module) or not isinstance(blocks, Iterable):
-        raise SettingError("blocks", type(blocks).__name__, allowed)
-    return dict(_listed(list(cast(Iterable[object], blocks))))
-
-
-def _listed(blocks: Sequence[object]) -> Iterable[tuple[str, nn.Module]]:
-    for place, block in enumerate(blocks):
-        if not isinstance(block, nn.Module):
-            raise SettingError(f"blocks[{place}]", type(block).__name__, "a module")
-        yield str(place), block
-
-
-def _check_settings(stages: int, schedule: object, microbatches: int, loss_fn: object, blocks: int) -> None:
-    for field, value in (("stages", stages), ("microbatches", microbatches)):
-        if not isinstance(cast(object, value), int) or isinstance(value, bool) or value < 1:
-            raise SettingError(field, value, "an integer of at least 1")
-    if stages > blocks:
-        raise SettingError("stages", stages, f"at most the number of blocks, which is {blocks}")
-    if schedule not in SCHEDULES:
-        raise SettingError("schedule", schedule, f"one of {', '.join(map(repr, SCHEDULES))}")
-    if loss_fn is not None and not callable(loss_fn):
-        raise SettingError("loss_fn", loss_fn, "a function of output and target, or None")
-
-
-def _check_blocks(named: Mapping[str, nn.Module]) -> None:
-    if not dist.is_initialized():
-        raise RegistrationError("torch.distributed is not initialised: call init_process_group before pipeline")
-    owners: dict[int, str] = {}
-    for name, block in named.items():
-        for path, module in block.named_modules():
-            if isinstance(module, (FSDPModule, DistributedDataParallel)):
-                where = f"{name}.{path}" if path else name
-                raise RegistrationError(f"{where} is a {type(module).__name__}: pipeline calls fully_shard itself")
-        for key, parameter in block.named_parameters():
-            if parameter.is_meta:
-                raise RegistrationError(f"'{name}.{key}' is on the meta device: give it memory and values first")
-            owner = owners.setdefault(id(parameter), name)
-            if owner != name:
-                raise SettingError("blocks", f"{name}.{key}", f"of one block only: block {owner} has it too")
-        refuse_sparse(block)
-    if not owners:
-        raise RegistrationError("no block has a parameter")
 
 
 def _meet(

@@ -86,12 +86,25 @@ def gradients(pipe):
 
 def full(tensor):
     """All shards' pieces."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    return tensor.to_local() if tensor.device_mesh.size() == 1 else tensor.full_tensor()
 
 
 def worst(mine, reference):
-    """The largest difference to what a dictionary of all names has."""
-    return max(float((value - reference[name]).abs().max()) for name, value in mine.items())
+    """The largest difference to what a dictionary of all names has, of whole tensors or of this rank's pieces."""
+    return max(difference(value, reference[name].detach()) for name, value in mine.items())
+
+
+def difference(value, reference):
+    """The largest difference, 0 of nothing."""
+    if hasattr(value, "to_local"):
+        mesh = value.device_mesh
+        pieces = reference.chunk(mesh.size())
+        place = mesh.get_local_rank()
+        value = value.detach()
+        value, reference = value.to_local(), pieces[place] if place < len(pieces) else reference[:0]
+    return (value - reference).abs().max().item() if value.numel() else 0.0
 
 
 def piped(model=None, **options):

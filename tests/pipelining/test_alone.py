@@ -83,6 +83,7 @@ def sharded():
         (blocks, {"costs": [0] * 6}, "costs"),
         (blocks, {"costs": [1, 1, 1, 1, 1, float("nan")]}, "costs"),
         (blocks, {"costs": [1] * 6, "sample": torch.zeros(1, 5)}, "sample"),
+        (blocks, {"sample": [1, 2]}, "sample is 'list'"),
         (blocks, {"grad_scaler": 1024.0}, "grad_scaler is 'float'"),
         (blocks, {"measure_every": -1}, "measure_every is -1"),
         (blocks, {"mesh": "2x2"}, "mesh is 'str'"),
