@@ -1,5 +1,7 @@
 """A pipeline does what the sequential model does: losses, gradients, parameters, on every schedule and mesh."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -166,6 +168,17 @@ def test_ranks_wait_as_the_formula_says(two, schedule):
     wanted = bubble_share(schedule, 2, stages, MICROBATCHES)
     assert idle_shares(actions) == pytest.approx([wanted] * 2)
     assert all(action.begin < action.end for row in actions for action in row)
+
+
+def test_1f1b_keeps_no_more_micro_batches_than_there_are_stages(two):
+    for schedule, wanted in (("gpipe", [MICROBATCHES] * 2), ("1f1b", [2, 1])):
+        assert [kept(found[schedule][1]) for found, *_ in two] == wanted
+
+
+def kept(actions):
+    """The most micro-batches that have gone forward and not yet back."""
+    steps = itertools.accumulate(1 if action.kind == "forward" else -1 for action in actions)
+    return max(steps)
 
 
 def test_sums(two):
