@@ -14,7 +14,7 @@ from distopt.attach.engine import Engine, Watch
 from distopt.attach.exemptions import exempt_names
 from distopt.attach.register import REGISTRATION
 from distopt.attach.replicas import copy_from_first, named_buffers, named_parameters
-from distopt.comm.agreement import agree, describe
+from distopt.comm.agreement import agree, describe, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.pipelining.attachment import Column, PipelineAttachment
 from distopt.pipelining.checks import check_blocks, check_flags, check_parts, check_settings, named_blocks
@@ -139,7 +139,7 @@ def _checked(
     check_blocks(named)
     place = place_of(mesh)
     check_schedule(plan.schedule, len(place.pipe), plan.stages, plan.microbatches)
-    ranks = _meet(named, plan, place, options.timeout, [*flags.items(), ("costs", costs)])
+    ranks = _meet(named, plan, place, options.timeout, [*flags.items(), ("costs", costs), ("reducer", reducer)])
     costs = costs or agreed_costs(list(named.values()), options.sample, ranks.everyone)
     return _pipeline(named, partition(costs, plan.stages), plan, ranks, reducer, options, watch)
 
@@ -199,7 +199,7 @@ def _meet(
         ("stages", str(plan.stages)),
         ("microbatches", str(plan.microbatches)),
         ("replicas", str(len(place.replicas))),
-        *((name, repr(value)) for name, value in settings),
+        *((name, without_addresses(value)) for name, value in settings),
     ]
     everyone.guard("the comparison of settings", agree, everyone.group, stated, "setting")
     copy_from_first(everyone, tensors)

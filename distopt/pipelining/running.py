@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distopt.attach.registration import Registration
 from distopt.comm.communicator import Communicator
-from distopt.errors import PeerLostError, SettingError
+from distopt.errors import AgreementError, PeerLostError, SettingError
 from distopt.pipelining.attachment import PipelineAttachment
 from distopt.pipelining.place import Place
 from distopt.pipelining.schedules import Action, Loss, ScheduleName, build
@@ -167,11 +167,7 @@ class Pipeline:
     def _run(self, x: Tensor | None, target: Tensor | None, *, training: bool) -> Tensor | None:
         """Go through a batch; give what comes out of the last stage, in evaluation."""
         plan, pipe = self._plan, self._ranks.pipe
-        fault = self._fault(x, target)
-        first = x.detach().chunk(plan.microbatches)[0] if self.is_first and x is not None and fault is None else None
-        look = None if first is None else look_at(first)
-        if self._agree(fault, look, training):
-            self._ready[training] = look, self._build(first, training)
+        self._prepare(x, target, training)
         if not self.is_last and plan.grad_scaler is not None and training:
             plan.grad_scaler.scale(torch.ones((), device=self._ranks.device))  # torch's begins to exist with this
         if plan.loss_fn is None:  # torch splits a target in any case
@@ -195,6 +191,39 @@ class Pipeline:
             if own is not None:
                 raise own from None
             raise
+
+    def _prepare(self, x: Tensor | None, target: Tensor | None, training: bool) -> None:
+        """Let all ranks raise if one cannot work; get ready for another kind of batch, if it is one."""
+        everyone, before = self._ranks.everyone, self._ready.get(training)
+        fault = self._fault(x, target)
+        first = x.detach().chunk(self._plan.microbatches)[0] if self.is_first and x is not None and not fault else None
+        look = None if first is None else look_at(first)
+        renewed = before is None or (self.is_first and before[0] != look)
+        told = everyone.gather_numbers([fault is not None, renewed, training])
+        if any(kind != training for *_, kind in told):
+            odd = [rank for rank, (*_, kind) in zip(everyone.ranks, told, strict=True) if not kind]
+            raise AgreementError(f"ranks {odd} evaluate, while the others make a step", odd)
+        if any(bad for bad, *_ in told):
+            raise SettingError(*next(found for found in everyone.gather_objects(fault) if found is not None))
+        new = [rank for rank, (_, new, _) in zip(everyone.ranks, told, strict=True) if new]
+        error = None
+        if not set(new).isdisjoint(self._ranks.place.pipe):
+            try:
+                self._ready[training] = look, self._build(first, training)
+            except Exception as raised:
+                error = raised
+        if new:
+            self._agree_on(error)
+
+    def _agree_on(self, error: Exception | None) -> None:
+        """Let all ranks raise if the pipeline of one could not be made ready."""
+        everyone = self._ranks.everyone
+        told = everyone.gather_objects(None if error is None else str(error).partition("\n")[0])
+        if error is not None:
+            raise error
+        odd = [rank for rank, text in zip(everyone.ranks, told, strict=True) if text is not None]
+        if odd:
+            raise AgreementError(f"on rank {odd[0]}: {told[everyone.ranks.index(odd[0])]}", odd)
 
     def _build(self, first: Tensor | None, training: bool) -> Any:
         plan, (_, pipe, _, device) = self._plan, self._ranks
@@ -231,16 +260,6 @@ class Pipeline:
         told = everyone.gather_numbers([float(self.is_last), float(mine)])
         losses = [loss for is_last, loss in told if is_last]
         return torch.tensor(sum(losses) / len(losses), dtype=torch.float64, device=self._ranks.device)
-
-    def _agree(self, fault: tuple[str, object, str] | None, look: Look | None, training: bool) -> bool:
-        """Let all ranks raise if one cannot work; tell whether this pipeline is given another kind of batch."""
-        everyone, before = self._ranks.everyone, self._ready.get(training)
-        renewed = before is None or (self.is_first and before[0] != look)
-        told = everyone.gather_numbers([fault is not None, renewed])
-        if any(bad for bad, _ in told):
-            raise SettingError(*next(found for found in everyone.gather_objects(fault) if found is not None))
-        pipe = self._ranks.place.pipe
-        return any(new for rank, (_, new) in zip(everyone.ranks, told, strict=True) if rank in pipe)
 
     def _fault(self, x: Tensor | None, target: Tensor | None) -> tuple[str, object, str] | None:
         """What is wrong with a batch on this rank."""

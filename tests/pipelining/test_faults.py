@@ -31,6 +31,7 @@ def batches_job(rank):
         caught(lambda: pipe.step(x, target=target[:5])),
         caught(lambda: pipe.step(x if rank else None, target=target)),
     ]
+    told.append(caught(lambda: pipe.evaluate(x, target=target) if rank else pipe.step(x, target=target)))
     pipe.step(x, target=target)
     return told
 
@@ -42,7 +43,7 @@ def settings_job(rank):
         caught(lambda: piped(stages=2, microbatches=4 + 4 * rank)),
         caught(lambda: piped(stages=2, schedule=["gpipe", "1f1b"][rank])),
         caught(lambda: piped(stages=2, costs=[1, 1, 1, 1, 1, 1 + rank])),
-        caught(lambda: piped(stages=2, reducer=[distopt.AllReduce(), distopt.TopK(0.1)][rank], mesh=mesh_of(1, 2))),
+        caught(lambda: piped(stages=2, reducer=[distopt.AllReduce(), distopt.TopK(0.1)][rank])),
         caught(lambda: piped(stages=2, mesh=mesh_of(1, 2))),
         caught(lambda: piped(stages=2, sample=torch.full((2, 5), 999))),
     ]
@@ -60,6 +61,14 @@ def measured_job(rank):
     return all(torch.equal(value, first.get_parameter(name)) for name, value in mine.items()), len(mine)
 
 
+def shapes_job(rank):
+    """Blocks that do not fit on one another: found when the first batch comes, on the ranks of all pipelines."""
+    model = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)]
+    x = torch.zeros(4, 3 + (rank == 1))  # of one replica only
+    pipe = piped(model, stages=2, mesh=mesh_of(2, 2), loss_fn=torch.nn.functional.mse_loss)
+    return caught(lambda: pipe.step(x, target=x))
+
+
 def two_ranks_job(rank):
     return batches_job(rank), settings_job(rank), measured_job(rank)
 
@@ -73,14 +82,15 @@ def two():
 def test_a_bad_batch_is_told_to_all(two):
     (first, *_), (second, *_) = two
     assert first == second
-    assert [kind for kind, _ in first] == ["SettingError"] * 3
-    assert [text.partition(" is ")[0] for _, text in first] == ["len(x)", "len(target)", "x"]
+    assert [kind for kind, _ in first] == ["SettingError"] * 3 + ["AgreementError"]
+    assert [text.partition(" is ")[0] for _, text in first[:3]] == ["len(x)", "len(target)", "x"]
+    assert "ranks [1] evaluate" in first[3][1]
 
 
 def test_other_settings_on_other_ranks(two):
     (_, first, _), (_, second, _) = two
     for name, mine, theirs in zip(
-        ["parameter", "microbatches", "schedule", "costs", "stages", "stages", "could not measure"],
+        ["parameter", "microbatches", "schedule", "costs", "reducer", "stages", "could not measure"],
         first,
         second,
         strict=True,
@@ -88,6 +98,12 @@ def test_other_settings_on_other_ranks(two):
         assert name in mine[1]
         assert name in theirs[1]
         assert "\n" not in mine[1] + theirs[1]
+
+
+def test_blocks_that_do_not_fit():
+    told = run_ranks(4, shapes_job, timeout=110.0)
+    assert [kind for kind, _ in told] == ["AgreementError", "RuntimeError", "AgreementError", "AgreementError"]
+    assert all("rank 1" in text for kind, text in told if kind == "AgreementError")
 
 
 def test_the_first_rank_measures(two):
