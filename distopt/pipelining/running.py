@@ -173,6 +173,8 @@ class Pipeline:
         if plan.loss_fn is None:  # torch splits a target in any case
             target = torch.zeros(plan.microbatches)
         self._losses, self._error = [], None
+        for chain in self._chains.values():
+            chain.error = None
         if training:
             self._actions.clear()
         inputs = (x,) if self.is_first else ()

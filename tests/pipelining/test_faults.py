@@ -66,7 +66,10 @@ def shapes_job(rank):
     model = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)]
     x = torch.zeros(4, 3 + (rank == 1))  # of one replica only
     pipe = piped(model, stages=2, mesh=mesh_of(2, 2), loss_fn=torch.nn.functional.mse_loss)
-    return caught(lambda: pipe.step(x, target=x))
+    told = caught(lambda: pipe.step(x, target=x))
+    ones = torch.ones(4, 3)
+    assert pipe.step(ones, target=ones) > 0  # and then all can go on
+    return told
 
 
 def two_ranks_job(rank):
