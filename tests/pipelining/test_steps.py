@@ -41,8 +41,8 @@ class Pair:
         self.column = rank % (replicas * shards)  # stages come first in the mesh
         self.optimizers = [optimizer_of(each.parameters()) for each in (self.pipe, self.model)]
 
-    def step(self, seed, rows=8, clip=None):
-        """Differences of loss, gradients, norm and parameters after a step."""
+    def step(self, seed, rows=8, clip=None, peek=False):
+        """Differences of loss, gradients, norm and parameters after a step, with an evaluation in the middle of it."""
         batches = [batch(100 * seed + column, rows) for column in self.columns]
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -50,6 +50,8 @@ class Pair:
         loss = self.pipe.step(x if self.pipe.is_first else None, target=target if self.pipe.is_last else None)
         wanted = sequential_step(self.model, batches, MICROBATCHES, self.mean)
         found = [abs(loss.item() - wanted), self.gradients()]
+        if peek:  # what was gathered for it must not outlive the optimizer's step
+            found.append(self.evaluation(5))
         if clip is not None:
             norms = (
                 self.pipe.registration.clip_grad_norm_(clip),
@@ -83,7 +85,14 @@ class Pair:
 def schedule_job(rank, stages, schedule):
     """Steps, an evaluation between them, other batch sizes; and what the ranks did in which order."""
     pair = Pair(rank, stages=stages, schedule=schedule)
-    errors = [pair.step(0), pair.step(1), pair.evaluation(7), pair.step(2, rows=4), pair.step(3), pair.evaluation(8)]
+    errors = [
+        pair.step(0),
+        pair.step(1),
+        pair.evaluation(7),
+        pair.step(2, 4, peek=True),
+        pair.step(3),
+        pair.evaluation(8),
+    ]
     return errors, pair.pipe.actions(), pair.pipe.split
 
 
@@ -211,7 +220,7 @@ def four_ranks_job(rank):
     found = {}
     for name, (shape, options) in MESHES.items():
         pair = Pair(rank, shape, **options)
-        found[name] = [pair.step(0), pair.step(1), pair.evaluation(7), pair.step(2, clip=0.5)]
+        found[name] = [pair.step(0), pair.step(1, peek=True), pair.step(2, clip=0.5)]
     return found
 
 
@@ -225,4 +234,4 @@ def four():
 def test_replicas_and_shards(four, name):
     for found in four:
         assert max(found[name]) < 1e-14, found
-        assert name != "stages" or max(found[name][:3]) == 0.0
+        assert name != "stages" or max(found[name][:2]) == 0.0
