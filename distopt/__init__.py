@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from distopt.errors import StateError as StateError
     from distopt.errors import WindowError as WindowError
     from distopt.monitor.tensorboard import log_to_tensorboard as log_to_tensorboard
+    from distopt.pipelining.pipeline import pipeline as pipeline
+    from distopt.pipelining.running import Pipeline as Pipeline
     from distopt.reducers.allreduce import AllReduce as AllReduce
     from distopt.reducers.byname import ByName as ByName
     from distopt.reducers.cast import Cast as Cast
@@ -64,6 +66,8 @@ _HOMES = {
     "StateError": "distopt.errors",
     "WindowError": "distopt.errors",
     "log_to_tensorboard": "distopt.monitor.tensorboard",
+    "pipeline": "distopt.pipelining.pipeline",
+    "Pipeline": "distopt.pipelining.running",
     "AllReduce": "distopt.reducers.allreduce",
     "ByName": "distopt.reducers.byname",
     "Cast": "distopt.reducers.cast",

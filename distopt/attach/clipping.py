@@ -32,7 +32,7 @@ def clip_(
         (tensor(5.), tensor(True))
     """
     if not gradients:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0) if shards is None else shards.norm(torch.tensor(0.0))
     unknown = [gradient for name, gradient in gradients.items() if name not in known]
     norms = [norm for name, norm in known.items() if name in gradients]
     norms += torch._foreach_norm(unknown) if unknown else []  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

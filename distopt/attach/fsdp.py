@@ -80,7 +80,7 @@ class FSDPAttachment:
         """What lay in ``.grad`` of that unit's parameters before."""
         self._partial: set[str] = set()
         """Parameters whose ``.grad`` is this rank's own sum over passes that did not synchronise."""
-        self._scales = [_ScaleOf(parameter) for parameter in self._parameters.values()]
+        self._scales = [ScaleOf(parameter) for parameter in self._parameters.values()]
         for slot, scale in zip(engine.slots.values(), self._scales, strict=True):
             declare(slot.parameter, scale, 0)
         module = cast(nn.Module, model)
@@ -239,13 +239,14 @@ class FSDPAttachment:
         if self._engine.finish(self._shards.agree(sound, step.error, device)):
             for name, earlier in step.earlier.items():
                 step.arrived[name].add_(earlier)
+                self._engine.norms.pop(name, None)  # it is not that of the sum
         else:
             spoil(iter(step.arrived.values()))
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
 
-class _ScaleOf:
+class ScaleOf:
     """Tells by what the gradient of a whole parameter is scaled to whoever asks for its piece."""
 
     def __init__(self, parameter: nn.Parameter) -> None:

@@ -136,11 +136,11 @@ def _shard(
     _assemble(model, parts, grid, everyone)
     managed = _cut(model, parts, grid.shards, options)
     parameters = named_parameters(model)
-    cuts = {name: _cut_of(parameter) for name, parameter in parameters.items()}
+    cuts = {name: cut_of(parameter) for name, parameter in parameters.items()}
     shards = Shards(Communicator(grid.shards.get_group(), timeout=options.timeout), everyone, cuts)
-    slots = [_slot(name, parameter, name in exempt) for name, parameter in parameters.items()]
+    slots = [slot_of(name, parameter, name in exempt) for name, parameter in parameters.items()]
     engine = Engine(slots, reducer, watch, grad_scaler, shards)
-    _check_everywhere(engine, reducer, everyone, len(grid.replicas))
+    check_everywhere(engine, reducer, everyone, len(grid.replicas))
     attachment = FSDPAttachment(cast(FSDPModule, model), managed, parameters, engine, shards)
     engine.connect(Communicator(world, ranks=grid.replicas, timeout=options.timeout))
     registration = Registration(engine, attachment)
@@ -191,18 +191,19 @@ def _cut(model: nn.Module, parts: list[Part], mesh: DeviceMesh, options: _Option
     return dict(zip([*sharded, cast(FSDPModule, model)], names_by_unit(parts, model), strict=True))
 
 
-def _slot(name: str, parameter: nn.Parameter, exempt: bool) -> Slot:
+def slot_of(name: str, parameter: nn.Parameter, exempt: bool) -> Slot:
     """This rank's piece, in the parameter's own memory."""
     piece = cast(DTensor, parameter.detach()).to_local()
     return Slot(name, nn.Parameter(piece, requires_grad=parameter.requires_grad), exempt=exempt)
 
 
-def _cut_of(parameter: nn.Parameter) -> Cut:
+def cut_of(parameter: nn.Parameter) -> Cut:
+    """How a parameter that is sharded is cut."""
     (placement,) = cast(DTensor, parameter).placements
     return Cut(tuple(parameter.shape), cast(Any, placement).dim)
 
 
-def _check_everywhere(engine: Engine, reducer: Reducer, everyone: Communicator, replicas: int) -> None:
+def check_everywhere(engine: Engine, reducer: Reducer, everyone: Communicator, replicas: int) -> None:
     """Pieces differ, and a setting may fit some of them only: all ranks are told."""
     error = None
     try:

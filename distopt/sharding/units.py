@@ -33,9 +33,7 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
         >>> [unit.name for unit in find_units("blocks.*", model)]
         ['blocks.0', 'blocks.1']
     """
-    for name, parameter in named_parameters(model).items():
-        if parameter.dim() == 0:
-            raise RegistrationError(f"{name!r} has no dimension to cut it along: make its shape (1,)")
+    refuse_numbers(model)
     parts = select("units", units, model)
     names = {id(module): plain_name(name) for name, module in model.named_modules()}
     for part in parts:
@@ -51,6 +49,13 @@ def find_units(units: Blocks, model: nn.Module) -> list[Part]:
         raise SettingError("units", nested.name, f"outside of the others: it is a part of {outer.name}")
     _check_ties(parts, model)
     return parts
+
+
+def refuse_numbers(model: nn.Module) -> None:
+    """Raise a `RegistrationError` if a parameter has no dimension: torch's ``fully_shard`` takes none."""
+    for name, parameter in named_parameters(model).items():
+        if parameter.dim() == 0:
+            raise RegistrationError(f"{name!r} has no dimension to cut it along: make its shape (1,)")
 
 
 def names_by_unit(parts: Sequence[Part], model: nn.Module) -> list[list[str]]:

@@ -141,8 +141,19 @@ def precision_job(rank):
     return found
 
 
+def norm_job(rank):
+    """The norm that is clipped, of two passes without a step between them: factors know the last one's only."""
+    model, registration = sharded((2, 2), LOW_RANK)
+    for number in range(2):
+        loss_of(model, tokens(rank, number)).backward()
+    squares = sum((g.square().sum() for g in gradients(model).values()), torch.zeros((), dtype=torch.float64))
+    dist.all_reduce(squares)
+    return float(registration.clip_grad_norm_(1e9)), float((squares / 2).sqrt())  # two replicas of each piece
+
+
 def everything_job(rank):
-    return transaction_job(rank), conservation_job(rank), passes_job(rank), precision_job(rank)
+    jobs = (transaction_job, conservation_job, passes_job, precision_job, norm_job)
+    return tuple(job(rank) for job in jobs)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +173,14 @@ def test_nothing_is_lost(found):
 
 
 def test_passes_add_up(found):
-    for _, _, differences, _ in found:
+    for _, _, differences, *_ in found:
         assert max(differences.values()) < 1e-13, differences
 
 
 def test_mixed_precision(found):
-    assert max(max(errors) for *_, errors in found) < 0.03
+    assert max(max(errors) for _, _, _, errors, _ in found) < 0.03
+
+
+def test_the_norm_of_a_sum_is_that_of_the_sum(found):
+    for *_, (clipped, of_gradients) in found:
+        assert clipped == pytest.approx(of_gradients, rel=1e-12)

@@ -1,0 +1,1 @@
+"""Models whose blocks are divided over ranks, one after the other."""
