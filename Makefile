@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
+# Two files of tests at a time: most of them wait for other processes half of the time.
+TWO := --numprocesses 2 --dist loadfile
+
 .PHONY: demo test test-full check bench clean
 
 demo: .venv/ready
 	$(BIN)/distopt-dalle demo
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(TWO)
 
 test-full: check
 	DISTOPT_TESTS=full $(BIN)/python -m pytest -q
