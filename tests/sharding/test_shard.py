@@ -35,9 +35,15 @@ def test_one_shard_is_ddp_to_the_bit():
 def layouts_job(rank):
     runs = [((2, 2), 20, {}), ((1, 4), 4, {"recompute": False}), ((4, 1), 4, {"prefetch": False})]
     references = {steps: trained(rank, None, distopt.AllReduce(), steps)[0] for steps in (20, 4)}
-    return [worst(trained(rank, shape, None, steps, **options)[0], references[steps]) for shape, steps, options in runs]
+    exact = [
+        worst(trained(rank, shape, None, steps, **options)[0], references[steps]) for shape, steps, options in runs
+    ]
+    compressed = [trained(rank, shape, LOW_RANK, 4)[0] for shape in ((4, 1), None)]
+    return max(exact), worst(*compressed)
 
 
-def test_exact_averages_at_every_layout_are_the_unsharded_run():
+def test_every_layout_is_the_unsharded_run():
     """Uneven and empty shards, tied and frozen parameters, with and without recomputing and prefetching."""
-    assert max(max(found) for found in run_ranks(4, layouts_job)) < 1e-12
+    exact, compressed = zip(*run_ranks(4, layouts_job, timeout=110), strict=True)
+    assert max(exact) < 1e-12
+    assert max(compressed) < 1e-9  # four replicas are added up in another order than under DDP
