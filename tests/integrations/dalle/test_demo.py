@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from distopt.integrations.dalle import demo, evaluate, recipe, train
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.context import Context
@@ -140,22 +141,30 @@ def test_under_torchrun_its_ranks_are_used(photos, tmp_path):
 
 
 def test_every_option_of_the_configuration_reaches_its_stage():
-    stage1 = {"steps": 3, "batch": 5, "learning_rate": 0.1, "codes": 7}
+    stage1 = {"steps": 3, "batch": 5, "learning_rate": 0.1, "codes": 7, "patch": 8}
     stage2 = {"steps": 4, "batch": 6, "learning_rate": 0.2, "width": 32, "layers": 2, "heads": 2}
     table = {
         "size": 16,
         "stage1": stage1,
         "stage2": {**stage2, "vocabulary": 99, "text_length": 11},
-        "communication": {"rank": 2},
+        "communication": {"rank": 2, "wire": "bfloat16", "separate": True},
         "precision": "fp16",
+        "shard": 2,
         "sampling": {"temperature": 0.5, "top_k": 3, "top_p": 0.9},
     }
-    chosen = train._recipe(build(TrainSettings, table))
-    assert (chosen.dvae.size, chosen.dvae.grid, chosen.dvae.codes) == (16, 4, 7)
+    chosen = train.recipe_of(build(TrainSettings, table))
+    assert (chosen.dvae.size, chosen.dvae.grid, chosen.dvae.codes) == (16, 2, 7)
+    assert chosen.shards == 2
     assert (chosen.stage1.steps, chosen.stage1.batch, chosen.stage1.learning_rate) == (3, 5, 0.1)
     assert (chosen.stage2.steps, chosen.stage2.batch, chosen.stage2.learning_rate) == (4, 6, 0.2)
     assert chosen.transformer == {"width": 32, "layers": 2, "heads": 2}
     assert (chosen.vocabulary, chosen.text_length) == (99, 11)
     assert (chosen.sampling.temperature, chosen.sampling.top_k, chosen.sampling.top_p) == (0.5, 3, 0.9)
-    narrow = distopt.PowerSGD(rank=2, residual_dtype="1-6-9", factor_dtype="1-6-9")
+    narrow = distopt.PowerSGD(
+        rank=2,
+        residual_dtype="1-6-9",
+        factor_dtype="1-6-9",
+        wire_dtype=torch.bfloat16,
+        stacked={"*.attention_in.weight": 3},
+    )
     assert (chosen.precision, chosen.reducers) == ("fp16", (narrow, narrow))

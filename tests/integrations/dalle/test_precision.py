@@ -156,7 +156,9 @@ def test_steps_that_are_skipped_do_not_advance_the_averaged_weights(monkeypatch)
 
 def test_embeddings_and_vectors_keep_their_moments_in_float32():
     transformer = Transformer(TRANSFORMER)
-    optimizer = stage2._optimizer(transformer, STAGE2, Context(precision="fp16"))
+    optimizer = stage2.optimizer_of(
+        transformer, dict(transformer.named_parameters()), STAGE2, Context(precision="fp16")
+    )
     transformer(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 36, dtype=torch.int64)).total().backward()
     optimizer.step()
     moments = {name: optimizer.state[p]["exp_avg"].dtype for name, p in transformer.named_parameters()}

@@ -82,7 +82,7 @@ def test_without_averaging_the_last_weights_are_kept():
     trained: list[torch.nn.Module] = []
     make = stage1.distribute
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage1, "distribute", lambda dvae, *more: trained.append(dvae) or make(dvae, *more))
+        patch.setattr(stage1, "distribute", lambda dvae, *a, **k: trained.append(dvae) or make(dvae, *a, **k))
         kept = train_dvae(TASK, MODEL, dataclasses.replace(SHORT, steps=3, averaging=0.0), Context()).model
         averaged = train_dvae(TASK, MODEL, dataclasses.replace(SHORT, steps=3), Context()).model
     for result, last, same in ((kept, trained[0], True), (averaged, trained[1], False)):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distopt.integrations.dalle import stage2
+from distopt.integrations.dalle.averaging import Averaged
 from distopt.integrations.dalle.codes import code_vectors
 from distopt.integrations.dalle.context import Context, StageResult
 from distopt.integrations.dalle.sampling import sample
@@ -140,12 +141,13 @@ def test_averaging_is_the_mean_over_the_last_part_and_none_is_the_last() -> None
     last = train({"averaging": 0.0, "steps": 1})
     same = train({"averaging": 0.5, "steps": 1})
     torch.testing.assert_close(last.model.state_dict(), same.model.state_dict(), atol=0, rtol=0)
-    model, averaged = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    model, settings = torch.nn.Linear(1, 1), dataclasses.replace(SETTINGS, averaging=0.05)
+    averaged = Averaged(model)
     for step in range(200):
         torch.nn.init.constant_(model.weight, float(step))
-        stage2._average(averaged, model, step, dataclasses.replace(SETTINGS, averaging=0.05))
+        averaged.move(stage2._weight_of_last(step, settings))
     # Weights that fall off over a twentieth of the steps: the mean lies about that far behind.
-    assert averaged.weight.item() == pytest.approx(200 * (1 - 1 / 21), abs=1.5)
+    assert averaged.write(torch.nn.Linear(1, 1)).weight.item() == pytest.approx(200 * (1 - 1 / 21), abs=1.5)
 
 
 def test_code_vectors_are_close_where_codes_look_alike() -> None:
