@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from distopt.attach.engine import Engine
 from distopt.attach.gradients import segment_of
+from distopt.attach.iteration import reset_iteration
 from distopt.attach.shards import Shards
 from distopt.attach.transaction import spoil
 from distopt.attach.units import declare, scale_of
@@ -128,7 +129,7 @@ class FSDPAttachment:
         if self._in_backward and torch._C._current_graph_task_id() < 0:  # pyright: ignore
             # A pass that raised: FSDP would reduce nothing from here on, and say nothing.
             self._in_backward = False
-            self._model.reset_iter_state()
+            reset_iteration(self._model)
         if model.training and torch.is_grad_enabled():
             self._forwards += 1
 

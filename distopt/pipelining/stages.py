@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.stage import PipelineStage
 
+from distopt.attach.iteration import reset_iteration
 from distopt.comm.communicator import Communicator
 from distopt.errors import AgreementError, RegistrationError
 from distopt.pipelining.schedules import Action
@@ -158,4 +159,4 @@ def reshard(chains: Sequence[Chain]) -> None:
         for module in chain.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        cast(FSDPModule, chain).reset_iter_state()
+        reset_iteration(cast(FSDPModule, chain))

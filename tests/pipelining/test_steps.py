@@ -98,7 +98,7 @@ def schedule_job(rank, stages, schedule):
 
 def two_ranks_job(rank):
     found = {schedule: schedule_job(rank, stages, schedule) for schedule, stages in KINDS[2].items()}
-    return found, sum_job(rank), odd_job(rank), frozen_job(rank)
+    return found, sum_job(rank), odd_job(rank)
 
 
 def sum_job(rank):
@@ -191,17 +191,18 @@ def kept(actions):
 
 
 def test_sums(two):
-    for _, errors, *_ in two:
+    for _, errors, _ in two:
         assert errors == (0.0, 0.0)
 
 
 def test_stages_without_parameters_and_without_a_loss_function(two):
-    for _, _, errors, _ in two:
+    for _, _, errors in two:
         assert max(errors) < 1e-7
 
 
-def test_a_first_stage_that_is_frozen(two):
-    for *_, errors in two:
+def test_a_first_stage_that_is_frozen():
+    """In a world of its own: torch before 2.13 cannot do it."""
+    for errors in run_ranks(2, frozen_job):
         assert errors[:2] == (0.0, 0.0)
         assert errors[2] < 1e-7
 
