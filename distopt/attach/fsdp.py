@@ -15,13 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from distopt.attach.engine import Engine
 from distopt.attach.gradients import segment_of
 from distopt.attach.iteration import reset_iteration
-from distopt.attach.shards import Shards
+from distopt.attach.shards import Shards, piece_of
 from distopt.attach.transaction import spoil
 from distopt.attach.units import declare, scale_of
 from distopt.comm.worker import Worker
@@ -106,7 +105,7 @@ class FSDPAttachment:
 
     def gradients(self) -> dict[str, Tensor]:
         """See `Attachment.gradients`."""
-        return {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        return {name: piece_of(p.grad) for name, p in self._parameters.items() if p.grad is not None}
 
     def reduce(self) -> bool:
         """See `Attachment.reduce`."""
@@ -171,14 +170,14 @@ class FSDPAttachment:
         if name not in self._awaited:  # without its unit's hook it is nobody's: a gradient set by hand
             return
         assert parameter.grad is not None
-        gradient, left = _local(parameter.grad), self._left.pop(name, None)
+        gradient, left = piece_of(parameter.grad), self._left.pop(name, None)
         self._awaited.remove(name)
         if not self._syncing:
             self._partial.add(name)
         if left is not None and (name in self._partial or self._step is None):
-            gradient.add_(_local(left))
+            gradient.add_(piece_of(left))
         elif left is not None and self._step is not None:
-            self._step.earlier[name] = _local(left)
+            self._step.earlier[name] = piece_of(left)
         self._open[name] = gradient
         if not self._awaited:
             self._leave_unit()
@@ -223,7 +222,7 @@ class FSDPAttachment:
         assert step is not None
         # A parameter may have had its last gradient in a pass before this one.
         late = [name for name in self._parameters if name in self._partial and name not in step.arrived]
-        grads = {name: _local(p.grad) for name in late if (p := self._parameters[name]).grad is not None}
+        grads = {name: piece_of(p.grad) for name in late if (p := self._parameters[name]).grad is not None}
         if grads:
             self._submit(grads)
         self._step, self._partial = None, set()
@@ -270,11 +269,6 @@ def _guarded(step: _Step, act: Callable[[], None], *, always: bool = False) -> N
 
 def _when_backward_ends(act: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(act)  # pyright: ignore
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's piece, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _joined(segments: Sequence[Tensor]) -> Tensor | None:

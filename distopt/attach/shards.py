@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -136,3 +136,9 @@ class Shards:
     def gather(self, value: Any) -> list[Any]:
         """What every shard has, in their order. Collective."""
         return self.communicator.gather_objects(value)
+
+
+def piece_of(tensor: Tensor) -> Tensor:
+    """This rank's piece of a sharded tensor, in its memory; anything else as it is."""
+    # By what it can do: importing the class takes time, which nobody pays whose models are whole.
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from distopt.attach.engine import Engine
 from distopt.attach.fsdp import ScaleOf
 from distopt.attach.gradients import segment_of
-from distopt.attach.shards import Cut, Shards
+from distopt.attach.shards import Cut, Shards, piece_of
 from distopt.attach.transaction import spoil
 from distopt.attach.units import declare
 from distopt.comm.communicator import Communicator
@@ -89,7 +88,7 @@ class PipelineAttachment:
 
     def gradients(self) -> dict[str, Tensor]:
         """See `Attachment.gradients`."""
-        return {name: _local(p.grad) for name, p in self._parameters.items() if p.grad is not None}
+        return {name: piece_of(p.grad) for name, p in self._parameters.items() if p.grad is not None}
 
     def reduce(self) -> bool:
         """See `Attachment.reduce`."""
@@ -136,7 +135,7 @@ class PipelineAttachment:
         blocks = [names for names in blocks if names]
         self._engine.begin(blocks[0] if blocks else ())
         for names in blocks:
-            gradients = [_local(self._gradient(name)) for name in names]
+            gradients = [piece_of(self._gradient(name)) for name in names]
             self._engine.propose(names, gradients, [segment_of(gradient) for gradient in gradients], None)
         return self._engine.sound
 
@@ -157,8 +156,3 @@ class PipelineAttachment:
         gradient = self._parameters[name].grad
         assert gradient is not None
         return gradient
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's piece, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distopt.attach.shards import piece_of
+
 
 class Averaged:
     """A running average of a module's weights. Of a sharded module every rank keeps its own pieces.
@@ -22,13 +24,13 @@ class Averaged:
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = list(module.parameters())
-        self._means = [_piece(parameter).clone() for parameter in self._parameters]
+        self._means = [piece_of(parameter.detach()).clone() for parameter in self._parameters]
 
     @torch.no_grad()
     def move(self, weight: float) -> None:
         """Move the average towards the present weights, by ``weight`` of the way."""
         for mean, parameter in zip(self._means, self._parameters, strict=True):
-            mean.lerp_(_piece(parameter), weight)
+            mean.lerp_(piece_of(parameter.detach()), weight)
 
     @torch.no_grad()
     def write(self, module: nn.Module) -> nn.Module:
@@ -45,12 +47,6 @@ class Averaged:
         for written, mean, like in zip(module.parameters(), self._means, self._parameters, strict=True):
             written.copy_(_whole(mean, like))
         return module.requires_grad_(False).eval()
-
-
-def _piece(parameter: nn.Parameter) -> Tensor:
-    """This rank's piece of a parameter, in its memory."""
-    weights = parameter.detach()
-    return weights.to_local() if isinstance(weights, DTensor) else weights
 
 
 def _whole(piece: Tensor, like: nn.Parameter) -> Tensor:
