@@ -6,11 +6,13 @@ Everything goes through the functions of ``os`` that can fail, so that a test ca
 import contextlib
 import hashlib
 import os
+import pickle
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -129,7 +131,11 @@ def read(path: Path, wanted: Digest) -> Any:
     """
     with _opened(path, wanted) as file:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([bytes]):  # b"" is written as a call of it
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            # torch's message tells how to read it all the same, which is the last thing to do.
+            raise CheckpointError(f"{path} holds something else than tensors and plain values") from error
         except Exception as error:
             raise CheckpointError(f"{path} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
 
@@ -148,7 +154,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, wanted: Digest) -> Iterator[BinaryIO]:
+def _opened(path: Path, wanted: Digest) -> Generator[BufferedReader]:
     """A file that holds what was written; what is read from it is what was checked."""
     with _named(path), _regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -161,7 +167,7 @@ def _opened(path: Path, wanted: Digest) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _regular(path: Path) -> Iterator[BinaryIO]:
+def _regular(path: Path) -> Generator[BufferedReader]:
     """A file, opened to be read: no link, and no pipe that would never end."""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -170,7 +176,7 @@ def _regular(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _named(path: Path) -> Generator[None]:
     """Tell what the system refused, and for which file."""
     try:
         yield

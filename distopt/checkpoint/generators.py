@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 
-def state() -> dict[str, Any]:
+def generator_states() -> dict[str, Any]:
     """Give the state of all generators, in tensors and plain values.
 
     Example:
-        >>> before = state()
+        >>> before = generator_states()
         >>> first = torch.rand(())
-        >>> restore(before)
+        >>> restore_generators(before)
         >>> bool(torch.rand(()) == first)
         True
     """
@@ -26,7 +26,7 @@ def state() -> dict[str, Any]:
     return states
 
 
-def restore(states: dict[str, Any]) -> None:
+def restore_generators(states: dict[str, Any]) -> None:
     """Go on from saved states. Devices that are not there now, and a NumPy that is not loaded, are passed over."""
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])

@@ -9,8 +9,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from distopt.checkpoint import files, generators, store
+from distopt.checkpoint.files import read
+from distopt.checkpoint.generators import restore_generators
 from distopt.checkpoint.ranks import Ranks, one_line
+from distopt.checkpoint.store import entries, examine, read_manifest, step_of
 from distopt.checkpoint.values import PerRank, check_thing, is_sharded, own_module, put, state_of
 from distopt.errors import CheckpointError
 
@@ -31,7 +33,7 @@ def latest(folder: str | os.PathLike[str]) -> int | None:
         >>> latest("no such folder")
     """
     place = Path(folder)
-    return store.step_of(_newest_whole(place)) if store.entries(place) else None
+    return step_of(_newest_whole(place)) if entries(place) else None
 
 
 def load(folder: str | os.PathLike[str], *, step: int | None = None, rng: bool = True, **stateful: Any) -> int:
@@ -71,16 +73,16 @@ def load(folder: str | os.PathLike[str], *, step: int | None = None, rng: bool =
     for name, thing in stateful.items():
         ranks.together(lambda name=name, thing=thing: _put(entry, name, thing, shared, mine))
     if rng and mine is not None:
-        ranks.together(lambda: generators.restore(mine["generators"]))
-    return store.step_of(entry)
+        ranks.together(lambda: restore_generators(mine["generators"]))
+    return step_of(entry)
 
 
 def _newest_whole(folder: Path) -> Path:
     """The newest checkpoint that holds what was saved; tell what is wrong with newer ones."""
     damages: list[str] = []
-    for entry in store.entries(folder):
+    for entry in entries(folder):
         try:
-            store.examine(entry)
+            examine(entry)
         except CheckpointError as error:
             damages.append(str(error))
             continue
@@ -93,23 +95,23 @@ def _newest_whole(folder: Path) -> Path:
 
 
 def _of_step(folder: Path, step: int) -> Path:
-    for entry in store.entries(folder):
-        if store.step_of(entry) == step:
-            store.examine(entry)
+    for entry in entries(folder):
+        if step_of(entry) == step:
+            examine(entry)
             return entry
-    there = ", ".join(str(store.step_of(entry)) for entry in store.entries(folder)) or "none"
+    there = ", ".join(str(step_of(entry)) for entry in entries(folder)) or "none"
     raise CheckpointError(f"there is no checkpoint of step {step} in {folder}, only: {there}")
 
 
 def _read(entry: Path, ranks: Ranks, stateful: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """What is asked for, and what this rank saved; the latter is None at another number of ranks."""
-    manifest = store.read_manifest(entry)
+    manifest = read_manifest(entry)
     shared = [name for name, thing in stateful.items() if not isinstance(thing, PerRank)]
     saved = sorted(name.removesuffix(".pt") for name in manifest.files if not name.startswith("rank-"))
     for name in shared:
         if name not in saved:
             raise CheckpointError(f"{entry} holds no {name!r} for all ranks, only: {', '.join(saved) or 'none'}")
-    states = {name: files.read(entry / f"{name}.pt", manifest.files[f"{name}.pt"]) for name in shared}
+    states = {name: read(entry / f"{name}.pt", manifest.files[f"{name}.pt"]) for name in shared}
     if manifest.world_size != ranks.count:
         for name in stateful.keys() - states.keys():
             raise CheckpointError(
@@ -117,7 +119,7 @@ def _read(entry: Path, ranks: Ranks, stateful: dict[str, Any]) -> tuple[dict[str
             )
         return states, None
     own = f"rank-{ranks.rank}.pt"
-    mine = files.read(entry / own, manifest.files[own])
+    mine = read(entry / own, manifest.files[own])
     for name in stateful.keys() - states.keys():
         if name not in mine["own"]:
             raise CheckpointError(f"{entry} holds no {name!r} of each rank")

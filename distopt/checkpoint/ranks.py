@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from distopt.comm.agreement import agree
+from distopt.comm.communicator import Communicator
 from distopt.comm.meeting import communicator_of
 from distopt.errors import CheckpointError, DistoptError, PeerLostError
 
@@ -21,7 +22,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._communicator = communicator_of(dist.group.WORLD) if _is_distributed() else None
+        self._communicator = _everyone()
         self.rank = 0 if self._communicator is None else self._communicator.rank
         """This rank's number."""
         self.count = 1 if self._communicator is None else self._communicator.world_size
@@ -80,8 +81,10 @@ class Ranks:
         return self.gather(result)[0]
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _everyone() -> Communicator | None:
+    if not (dist.is_available() and dist.is_initialized()) or dist.group.WORLD is None:
+        return None
+    return communicator_of(dist.group.WORLD)
 
 
 def one_line(error: Exception) -> str:

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from distopt.checkpoint import files, generators, store
-from distopt.checkpoint.files import Digest
+from distopt.checkpoint.files import Digest, write
+from distopt.checkpoint.generators import generator_states
 from distopt.checkpoint.ranks import Ranks
+from distopt.checkpoint.store import Manifest, begin, publish, retain
 from distopt.checkpoint.values import PerRank, check_state, check_thing, is_sharded, mapped, state_of, to_cpu
 from distopt.errors import SettingError
 
@@ -57,14 +58,14 @@ def save(folder: str | os.PathLike[str], step: int, *, keep: int | None = None, 
         # The state of a registration is itself collective: no rank may come to it before all others can.
         states[name] = ranks.together(lambda thing=thing: state_of(thing))
     ranks.together(lambda: _check_states(shared, own))
-    mine = {"generators": generators.state(), "own": mapped(own, to_cpu)}
+    mine = {"generators": generator_states(), "own": mapped(own, to_cpu)}
     with contextlib.ExitStack() as stack:
-        draft = Path(ranks.first(lambda: str(stack.enter_context(store.begin(place)))))
+        draft = Path(ranks.first(lambda: str(stack.enter_context(begin(place)))))
         digests = ranks.together(lambda: _write(ranks.rank, draft, shared, mine))
         everyone: dict[str, Digest] = {}
         for theirs in ranks.gather(digests):
             everyone.update(theirs)
-        ranks.first(lambda: _finish(draft, store.Manifest(step, ranks.count, everyone), keep))
+        ranks.first(lambda: _finish(draft, Manifest(step, ranks.count, everyone), keep))
 
 
 def _check(step: Any, keep: Any, stateful: dict[str, Any]) -> None:
@@ -99,12 +100,12 @@ def _write(rank: int, draft: Path, shared: dict[str, Any], mine: Any) -> dict[st
         content = {"sharded": _has_parts(state), "state": mapped(state, _whole if wanted else _help)}
         if wanted:
             try:
-                written[f"{name}.pt"] = files.write(draft / f"{name}.pt", content)
+                written[f"{name}.pt"] = write(draft / f"{name}.pt", content)
             except Exception as error:
                 problem = error
     if problem is not None:
         raise problem
-    written[f"rank-{rank}.pt"] = files.write(draft / f"rank-{rank}.pt", mine)
+    written[f"rank-{rank}.pt"] = write(draft / f"rank-{rank}.pt", mine)
     return written
 
 
@@ -124,7 +125,7 @@ def _has_parts(state: Any) -> bool:
     return any(found)
 
 
-def _finish(draft: Path, manifest: store.Manifest, keep: int | None) -> None:
-    store.publish(draft, manifest)
+def _finish(draft: Path, manifest: Manifest, keep: int | None) -> None:
+    publish(draft, manifest)
     if keep is not None:
-        store.retain(draft.parent, keep)
+        retain(draft.parent, keep)

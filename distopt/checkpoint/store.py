@@ -11,15 +11,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distopt.checkpoint import files
-from distopt.checkpoint.files import Digest
+from distopt.checkpoint.files import Digest, check, read_bytes, sync_folder, write
 from distopt.errors import CheckpointError
 
 try:
@@ -88,7 +87,7 @@ def examine(entry: Path) -> Manifest:
     """
     manifest = read_manifest(entry)
     for name, digest in manifest.files.items():
-        files.check(entry / name, digest)
+        check(entry / name, digest)
     return manifest
 
 
@@ -98,8 +97,8 @@ def read_manifest(entry: Path) -> Manifest:
     Raises:
         CheckpointError: the manifest is damaged, or the files are others.
     """
-    content = files.read_bytes(entry / MANIFEST, _LIMIT)
-    if files.read_bytes(entry / SEAL, _LIMIT) != _seal(content):
+    content = read_bytes(entry / MANIFEST, _LIMIT)
+    if read_bytes(entry / SEAL, _LIMIT) != _seal(content):
         raise CheckpointError(f"{entry / MANIFEST} is damaged: its SHA-256 is not that in {SEAL}")
     try:
         manifest = _parsed(json.loads(content))
@@ -126,7 +125,7 @@ def _seal(content: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def begin(folder: Path) -> Iterator[Path]:
+def begin(folder: Path) -> Generator[Path]:
     """Make an empty folder to write a checkpoint into, beside the others; it is gone afterwards unless published.
 
     What crashed saves and removals left behind is removed. For one process at a time.
@@ -138,7 +137,7 @@ def begin(folder: Path) -> Iterator[Path]:
         try:
             if not folder.is_dir():
                 os.makedirs(folder, exist_ok=True)
-                files.sync_folder(folder.parent)
+                sync_folder(folder.parent)
             stack.enter_context(_locked(folder))
             for name in os.listdir(folder):
                 if name.startswith(_LITTER):
@@ -153,7 +152,7 @@ def begin(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None]:
     """Keep others from saving here; the system lets go if we die."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -166,7 +165,8 @@ def _locked(folder: Path) -> Iterator[None]:
                 pass  # Some network file systems have no locks on folders.
         yield
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # Nothing was written through it.
+            os.close(descriptor)
 
 
 def publish(draft: Path, manifest: Manifest) -> Path:
@@ -188,15 +188,15 @@ def publish(draft: Path, manifest: Manifest) -> Path:
             raise CheckpointError(f"{name} did not arrive in {draft.parent}: do all ranks share this folder?")
     body = {"format": FORMAT, "torch": torch.__version__, **asdict(manifest)}
     content = (json.dumps(body, indent=1) + "\n").encode()
-    files.write(draft / MANIFEST, content)
-    files.write(draft / SEAL, _seal(content))
-    files.sync_folder(draft)
+    write(draft / MANIFEST, content)
+    write(draft / SEAL, _seal(content))
+    sync_folder(draft)
     entry = draft.parent / f"{draft.name.removeprefix('.saving-')}-step-{manifest.step}"
     try:
         os.rename(draft, entry)
     except OSError as error:
         raise CheckpointError(f"{entry}: {error.strerror or error}") from error
-    files.sync_folder(entry.parent)
+    sync_folder(entry.parent)
     return entry
 
 

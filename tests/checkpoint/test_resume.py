@@ -2,12 +2,13 @@
 
 import copy
 import random
+from collections import Counter, OrderedDict
 
 import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -60,6 +61,20 @@ def test_saving_is_only_looking(tmp_path):
 
 
 @given(value=plain)
+@example(value=b"")
+@example(
+    value=[
+        {1, 2},
+        set(),
+        1j,
+        Counter("ab"),
+        OrderedDict(a=1),
+        torch.Size([1]),
+        torch.float32,
+        torch.device("cpu"),
+        10**40,
+    ]
+)
 @settings(max_examples=40, deadline=None)
 def test_plain_values_come_back_as_they_were(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("values")
