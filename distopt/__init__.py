@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distopt import checkpoint as checkpoint
     from distopt import optim as optim
     from distopt import scaling as scaling
     from distopt.accumulation import Accumulation as Accumulation
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from distopt.attach.registration import Registration as Registration
     from distopt.attach.registration import Stats as Stats
     from distopt.errors import AgreementError as AgreementError
+    from distopt.errors import CheckpointError as CheckpointError
     from distopt.errors import DistoptError as DistoptError
     from distopt.errors import PeerLostError as PeerLostError
     from distopt.errors import RegistrationError as RegistrationError
@@ -58,6 +60,7 @@ _HOMES = {
     "Registration": "distopt.attach.registration",
     "Stats": "distopt.attach.registration",
     "AgreementError": "distopt.errors",
+    "CheckpointError": "distopt.errors",
     "DistoptError": "distopt.errors",
     "PeerLostError": "distopt.errors",
     "RegistrationError": "distopt.errors",
@@ -85,7 +88,7 @@ _HOMES = {
 }
 
 
-_ROOMS = ("optim", "scaling")
+_ROOMS = ("checkpoint", "optim", "scaling")
 """Modules with public names of their own."""
 
 

@@ -35,6 +35,10 @@ class StateError(DistoptError, ValueError):
     """A saved state does not belong to this registration, or is damaged."""
 
 
+class CheckpointError(DistoptError, RuntimeError):
+    """A checkpoint cannot be written, or is damaged, or does not hold what is asked for."""
+
+
 class AgreementError(DistoptError, RuntimeError):
     """The ranks do not do the same thing: other parameters, settings, order, or number of forward passes.
 

@@ -14,7 +14,7 @@ import distopt
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
-APART = {"accumulation", "monitor", "optim", "scaling", "sharding", "pipelining"}
+APART = {"accumulation", "checkpoint", "monitor", "optim", "scaling", "sharding", "pipelining"}
 """Rooms that stand on those in order, and never import one another."""
 ONE_WAY = {("pipelining", "sharding")}
 """Except that the first imports the second."""
@@ -24,6 +24,7 @@ PUBLIC = [
     "AllReduce",
     "ByName",
     "Cast",
+    "CheckpointError",
     "DistoptError",
     "EnergyRank",
     "Figures",
