@@ -74,7 +74,7 @@ def register(
             losing them. Clip after `Registration.reduce`.
         timeout: how long a collective may take; as long as the backend sees fit if ``None``.
         agreement: whether ranks compare step, buckets and number of forward passes before each reduction, for the price
-            of one all-gather of four numbers.
+            of one all-gather of five numbers.
         check_replicas_every: steps from one comparison of all parameters, bit for bit, to the next; the first is made
             before the first step; 0 for never.
         measure_every: steps from one step whose errors are measured (`Registration.figures`) to the next; 0 for never.
