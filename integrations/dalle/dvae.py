@@ -196,6 +196,7 @@ class DVAE(nn.Module):
         usage: float = 0.0,
         edges: float = 0.0,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> DVAELoss:
         """The negative evidence bound of the relaxed model, per sub-pixel.
@@ -212,13 +213,15 @@ class DVAE(nn.Module):
             edges: a pixel whose channels differ from a neighbour's by up to 1 weighs up to ``1 + edges``; weights
                 have mean 1 in each picture.
             generator: draws the Gumbel noise; ``None`` takes torch's own.
+            noise: the Gumbel noise itself, ``(B, K, g, g)``, if it has been drawn already.
             dtype: what the convolutions run in, but for those that give logits and take codes (as in DALL-E).
 
         Returns:
             The total and its terms.
         """
         logits = self.encode(pictures, dtype)
-        z = ((logits + gumbel(logits, generator)) / tau).softmax(1)
+        noise = gumbel(logits, generator) if noise is None else noise
+        z = ((logits + noise) / tau).softmax(1)
         errors = self._negative_log_likelihood(_run(self.decoder, self.from_codes(z), dtype), pictures)
         if edges:
             errors = errors * edge_weights(pictures, edges)
