@@ -30,8 +30,9 @@ from distopt.errors import SettingError
 from .averaging import Averaged
 from .batches import chunks
 from .context import Context, Source, StageResult, distribute
-from .dvae import DVAE, DVAESettings, ResidualBlock, gumbel
+from .dvae import DVAE, DVAESettings
 from .precision import LossScaler, Stepper, adamw
+from .relaxed import gumbel
 from .scenes import Scenes, to_tensor, to_uint8
 from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
 from .scorer import matches_all
@@ -140,8 +141,7 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
     dvae = _start(source, model, settings, context)
     whole = copy.deepcopy(dvae).to("meta")
     scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
-    blocks = [module for module in dvae.modules() if isinstance(module, ResidualBlock)]
-    trained, registration = distribute(dvae, context, blocks, grad_scaler=scaler)
+    trained, registration = distribute(dvae, context, dvae.units(), grad_scaler=scaler)
     averaged = Averaged(dvae)
     rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     optimizer = adamw(dvae.named_parameters(), context, **rules)
