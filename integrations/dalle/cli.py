@@ -29,6 +29,7 @@ from .settings import (
 
 _MOST_PLANNED = 65_536
 """Ranks that ``--check`` plans for; those that are started are fewer."""
+_DATA = "a folder of pictures with captions, COCO's .json, a .tsv, or shards: 'shards/{000..009}.tar'"
 _EXAMPLES = """examples:
   distopt-dalle demo                                   train and score the drawn task, about 10 minutes on two cores
   distopt-dalle train --data photos --out runs/photos  train on name.jpg beside name.txt
@@ -97,7 +98,9 @@ def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     settings = _train_settings(parsed)
     data, out = parsed.data, parsed.out
-    _data_folder(data)
+    from .data import opening
+
+    opening.kind_of(data, settings.data)
     if out.resolve() == data.resolve() or data.resolve() in out.resolve().parents:
         raise InputError(f"--out {out}: lies in the data folder {data}, whose pictures would mix with the run's own")
     place = launch.place()
@@ -111,13 +114,10 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
         return 0
     if place is None:
         launch.check_startable(parsed.ranks)
-        from .pictures import read_folder
-
-        # Read once, here: every reason to refuse the folder is known before a process is started.
-        pictures = read_folder(data, settings.size)
-        pictures.require(settings.held_out)
+        # Read once, here: every reason to refuse the data is known before a process is started.
+        found = opening.read(data, settings, out)
         _writable_folder("--out", out)
-        pictures.save(out)
+        opening.keep(found, out)
         return launch.start(given, parsed.ranks, out / "error.txt")
     if place.rank == 0:
         _writable_folder("--out", out)
@@ -129,14 +129,14 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _check_only(settings: TrainSettings, data: Path, out: Path, ranks: int) -> None:
-    from .pictures import read_folder
+    from .data import opening
     from .plan import plan_lines
     from .train import recipe_of
 
-    pictures = read_folder(data, settings.size)
-    pictures.require(settings.held_out)
+    found = opening.read(data, settings, out)
     _could_be_written("--out", out)
-    for line in (*pictures.summary(), *plan_lines(recipe_of(settings), ranks, len(pictures.names))):
+    training = int((~found.held_out(settings.held_out)).sum())
+    for line in (*found.summary(), *plan_lines(recipe_of(settings), ranks, training)):
         print(line)
     print("settings and data are fine; --check ends here")
 
@@ -224,8 +224,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_precision(demo, "fp32")
     _add_shard(demo, 1)
 
-    train = command("train", _train, "Train both stages on a folder of pictures with captions: name.jpg and name.txt.")
-    train.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder, searched with its subfolders")
+    train = command("train", _train, "Train both stages on pictures with captions.")
+    train.add_argument("--data", type=Path, required=True, metavar="DATA", help=_DATA)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if missing")
     train.add_argument(
         "--preset", choices=PRESETS, help="settings of the paper's sizes, which --config and flags change"
@@ -297,15 +297,6 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
-
-
-def _data_folder(folder: Path) -> None:
-    if not folder.exists():
-        raise InputError(f"--data {folder}: there is no such folder")
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: is not a folder")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"--data {folder}: cannot be read: permission denied")
 
 
 def _writable_folder(flag: str, folder: Path) -> None:

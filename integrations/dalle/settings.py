@@ -4,6 +4,7 @@ This module knows nothing of torch, on purpose: a typo in a configuration file m
 """
 
 import dataclasses
+import re
 import tomllib
 import types
 import typing
@@ -16,6 +17,8 @@ from distopt.errors import DistoptError, SettingError
 MAX_SEED = 2**63 - 1
 PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
+KINDS = ("auto", "folder", "coco", "tsv", "webdataset")
+READING = ("auto", "memory", "stream")
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 """Files of settings that are installed with the package, by name."""
 _T = TypeVar("_T")
@@ -80,6 +83,30 @@ class SamplingOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The table ``[data]``: what ``--data`` names, how it is read, and which of it is left out."""
+
+    kind: str = _choice("auto", KINDS, "what --data names; auto goes by its ending")
+    images: str | None = None
+    """Folder that the pictures of a .json or .tsv lie in; without it, it is looked for beside that file."""
+    caption_column: int = _number(1, 1, 1000, "column of a .tsv that has the captions")
+    picture_column: int = _number(2, 1, 1000, "column of a .tsv that has the paths of the pictures")
+    caption_field: str = "caption"
+    """Name of the caption in the .json of a sample of a tar shard that has no .txt."""
+    reading: str = _choice("auto", READING, "decode all pictures once, into memory, or as they are needed")
+    workers: int = _number(2, 1, 256, "threads of each rank that decode pictures")
+    prefetch: int = _number(2, 0, 64, "batches that are decoded ahead")
+    augmentation: str = _choice("none", ("none", "paper"), "none: the central square; paper: random crops")
+    filters: str = _choice("none", ("none", "paper"), "what is left out, where nothing else is said of it")
+    shortest: int | None = _number(None, 0, 1000, "words of a caption, at least")
+    boilerplate: str | None = None
+    """Regular expression; a caption in which it is found is left out."""
+    latin: float | None = _number(None, 0.0, 1.0, "share of a caption's letters that are a to z, at least")
+    aspect: float | None = _number(None, 1.0, 1000.0, "longer side of a picture over the shorter one, at most")
+    captions_read: int = _number(200_000, 1, 100_000_000, "captions that the text tokenizer learns from, at most")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Everything that ``distopt-dalle train`` can be told by its TOML file, which has these names and tables.
 
@@ -96,6 +123,7 @@ class TrainSettings:
         stage2: the transformer.
         communication: how gradients are averaged.
         sampling: how image tokens are drawn.
+        data: what the pictures are read from, and which are left out.
 
     Raises:
         SettingError: a value is of the wrong type or out of range.
@@ -116,11 +144,18 @@ class TrainSettings:
     stage2: Stage2Options = Stage2Options()
     communication: CommunicationOptions = CommunicationOptions()
     sampling: SamplingOptions = SamplingOptions()
+    data: DataOptions = DataOptions()
 
     def __post_init__(self) -> None:
         check(self)
         if self.size % self.stage1.patch:
             raise SettingError("size", self.size, f"a multiple of stage1.patch, which is {self.stage1.patch}")
+        if self.data.boilerplate is not None:
+            try:
+                re.compile(self.data.boilerplate)
+            except re.error as error:
+                allowed = f"a regular expression: {error}"
+                raise SettingError("data.boilerplate", self.data.boilerplate, allowed) from None
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
