@@ -55,13 +55,13 @@ class Stage2Settings(StageSettings):
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 5400
+    steps: int = 4000
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.05
     final_learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.96)
-    weight_decay: float = 0.045
+    weight_decay: float = 0.5
     clip: float = 1.0
     averaging: float = 0.05
     bpe_dropout: float = 0.1
