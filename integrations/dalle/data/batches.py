@@ -1,7 +1,7 @@
-"""What the two stages take a step's batch from: a stream gives its next part, any other source draws.
+"""What the two stages take from a stream at a step: pictures, and text tokens with pictures.
 
-A stream's batch does not depend on the number of ranks, nor does what is random about its samples: BPE dropout and the
-choice of those without captions come from each sample's own generator.
+Neither depends on the number of ranks. What else is random about a sample, BPE dropout and whether its caption is
+dropped, comes from its own generator.
 """
 
 from collections.abc import Callable
@@ -10,59 +10,39 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..context import Context, Source, Stream
 from ..scenes import to_tensor
-from ..text import PAD
 from .order import Part
 
 Encode = Callable[[list[str], np.random.Generator], Tensor]
 """Captions to text tokens ``(n, length)``, with the generator of BPE dropout."""
 
 
-def pictures_of(source: Source, part: Part, rng: np.random.Generator) -> Tensor:
-    """Give the pictures of stage 1.
+def pictures_at(stream: Stream, part: Part) -> Tensor:
+    """Give the pictures of stage 1, ``(part.count, 3, size, size)`` float32 in [0, 1].
 
     Args:
-        source: a stream, or any other source.
+        stream: gives them.
         part: this rank's part of the step's batch.
-        rng: this rank's generator at that step; a stream does without.
-
-    Returns:
-        ``(part.count, 3, size, size)`` float32 in [0, 1].
     """
-    if not isinstance(source, Stream):
-        return source.pictures(part.count, rng)
-    return to_tensor(np.stack([sample.pixels for sample in source.samples_at(part)]))
+    return to_tensor(np.stack([sample.pixels for sample in stream.samples_at(part)]))
 
 
-def text_and_pictures_of(
-    source: Source, part: Part, rng: np.random.Generator, encode: Encode, uncaptioned: float
-) -> tuple[Tensor, Tensor]:
+def text_and_pictures_at(stream: Stream, part: Part, encode: Encode, uncaptioned: float) -> tuple[Tensor, Tensor]:
     """Give the text tokens and the pictures of stage 2.
 
     Args:
-        source: a stream, or any other source.
+        stream: gives captions and pictures.
         part: this rank's part of the step's batch.
-        rng: this rank's generator at that step; a stream does without.
         encode: turns captions into text tokens.
-        uncaptioned: share of the batch whose caption is empty, in [0, 1).
+        uncaptioned: probability of an empty caption, in [0, 1).
 
     Returns:
-        Text ``(part.count, length)`` int64 and pictures ``(part.count, 3, size, size)`` float32.
+        Text ``(part.count, length)`` int64 and pictures ``(part.count, 3, size, size)`` float32 in [0, 1].
     """
-    if not isinstance(source, Stream):
-        # A fraction of a picture is left to chance.
-        silent = int(uncaptioned * part.count + rng.random())
-        captions, pictures = source.pairs(part.count - silent, rng)
-        text = encode(captions, rng)
-        if silent:
-            text = F.pad(text, (0, 0, 0, silent), value=PAD)
-            pictures = torch.cat([pictures, source.pictures(silent, rng)])
-        return text, pictures
     rows, pixels = [], []
-    for sample in source.samples_at(part):
+    for sample in stream.samples_at(part):
         silent = sample.rng.random() < uncaptioned
         rows.append(encode(["" if silent else sample.caption], sample.rng))
         pixels.append(sample.pixels)
