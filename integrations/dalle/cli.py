@@ -13,6 +13,7 @@ from distopt.errors import DistoptError
 
 from . import drawing, launch, runs
 from .settings import (
+    DEMOS,
     MAX_SEED,
     PRECISIONS,
     PRESETS,
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     settings = DemoSettings(
+        preset=parsed.preset,
         seed=parsed.seed,
         steps_1=parsed.steps_1,
         steps_2=parsed.steps_2,
@@ -210,6 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
     _add_ranks(demo, launch.MOST)
     _add_steps(demo, "the published scores need the default")
+    demo.add_argument(
+        "--preset", choices=DEMOS, default="demo", help="small trains for up to an hour (default: demo, ten minutes)"
+    )
     demo.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     demo.add_argument(
         "--reducer",
