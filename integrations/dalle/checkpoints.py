@@ -1,9 +1,9 @@
 """Checkpoints of a run: when both stages save themselves, what they go on from, and how a signal stops them.
 
-A checkpoint holds everything that decides the rest of the run, and that is its future to the bit on as many ranks: model,
-optimizer, averaged weights, gradient scales, residuals, factors, curve, the step (which is the position in the data, as a
-batch is a function of it), the text tokenizer and, in stage 2, the finished stage 1. Saving changes nothing in the run.
-That it is atomic and checksummed is the work of `distopt.checkpoint`.
+A checkpoint holds everything that decides the rest of the run, to the bit on as many ranks: model, optimizer, averaged
+weights, gradient scales, residuals, factors, curve, the step (which is the position in the data, for a batch is a
+function of it), the text tokenizer and, in stage 2, the finished stage 1. Saving changes nothing in a run. That it is
+atomic and checksummed is the work of `distopt.checkpoint`.
 """
 
 import contextlib

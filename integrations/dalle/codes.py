@@ -27,7 +27,7 @@ class Codec(Protocol):
 
 
 @torch.no_grad()
-def code_vectors(source: Source, dvae: Codec, model: TransformerSettings, context: Context) -> Tensor:
+def code_vectors(source: Source, dvae: Codec, model: TransformerSettings, context: Context) -> Tensor | None:
     """Describe every code by what it looks like: the mean patch of picture that it stands for, with its surroundings.
 
     Pictures come without captions, as in stage 1. The patches' principal components, each scaled by the square root of
@@ -40,8 +40,11 @@ def code_vectors(source: Source, dvae: Codec, model: TransformerSettings, contex
         context: device and seed.
 
     Returns:
-        ``(K, C)`` float32 with mean zero over the codes in use; zero for a code that is not.
+        ``(K, C)`` float32 with mean zero over the codes in use; zero for a code that is not. ``None`` where codes have
+        no vectors of their own width: as in the paper, nothing of their looks is used then.
     """
+    if not model.code_width:
+        return None
     rng = np.random.default_rng([context.seed, _STAGE])
     fine = 4 * model.grid  # 4 x 4 pixels a token are enough to tell codes apart
     total, count = torch.zeros(model.codes, 3 * 8 * 8), torch.zeros(model.codes)

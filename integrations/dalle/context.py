@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
+
+from .data.order import Part
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +37,42 @@ class Source(Protocol):
 
     def captions(self) -> Iterable[str]:
         """Give the training captions that the text tokenizer learns its merges from."""
+        ...
+
+
+class Sample(Protocol):
+    """One caption with its picture, as a stream gives it."""
+
+    @property
+    def caption(self) -> str:
+        """One of the picture's captions."""
+        ...
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The picture, uint8 ``(size, size, 3)``."""
+        ...
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """For all else that is random about this sample, wherever it is trained on."""
+        ...
+
+
+@runtime_checkable
+class Stream(Source, Protocol):
+    """A source that gives a step's global batch in parts: for any number of ranks the same pictures in the same order.
+
+    ``pictures`` and ``pairs`` draw at random as every source does; training goes through the data by ``samples_at``.
+    """
+
+    @property
+    def broken(self) -> Sequence[str]:
+        """Names of the pictures that this process could not decode; others took their places."""
+        ...
+
+    def samples_at(self, part: Part) -> Sequence[Sample]:
+        """Give one rank's part of a step's global batch: a function of its positions alone."""
         ...
 
 
@@ -109,6 +147,10 @@ class Context:
     def rng(self, stage: int, step: int, chunk: int = 0) -> np.random.Generator:
         """The generator of a part of the batch at ``step``: a pure function of seed, stage, step and the part."""
         return np.random.default_rng([self.seed, stage, step, chunk])
+
+    def part(self, stage: int, step: int, batch: int) -> Part:
+        """This rank's part of the global batch of ``batch`` pictures at ``step``."""
+        return Part(stage, step, batch, self.rank, self.world_size)
 
     def log(self, step: int, total: int, values: Mapping[str, float]) -> None:
         """Pass ``values`` to the journal, if there is one."""

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .context import Context
+from .data import opening
+from .data.stream import StreamSource
 from .folder import FolderSource
 from .grading import Score, evaluate_generation
 from .model import Model
-from .pictures import Pictures
 from .ranks import single_thread
 from .report import finite, framed, held_out_lines, score_lines
 from .runs import Run
@@ -55,7 +56,7 @@ def evaluate(run: Run, device: str) -> None:
         lines = score_lines(figures)
     else:
         data = run.settings["data"]
-        source = FolderSource(Pictures.load(run.folder), held_out=data["held_out"])
+        source = opening.load(run.folder, size=model.dvae.settings.size, held_out=data["held_out"])
         figures = score_folder(model, source, chosen)
         lines = held_out_lines(figures)
     print(framed(str(run.folder), lines))
@@ -104,7 +105,7 @@ def score_scenes(
 
 
 @torch.no_grad()
-def score_folder(model: Model, source: FolderSource, device: torch.device) -> dict[str, Any]:
+def score_folder(model: Model, source: FolderSource | StreamSource, device: torch.device) -> dict[str, Any]:
     """Score a model on held-out pictures of a folder (on training pictures if none are held out).
 
     Returns:

@@ -43,7 +43,7 @@ def check(settings: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check(value, name + ".")
         elif not (value is None and type(None) in allowed):
-            _check_value(name, value, field, allowed)
+            check_value(name, value, field, allowed)
 
 
 def build(kind: type[_T], table: Mapping[str, Any], prefix: str = "") -> _T:
@@ -78,7 +78,7 @@ def build(kind: type[_T], table: Mapping[str, Any], prefix: str = "") -> _T:
                 raise SettingError(prefix + name, value, f"a table: [{prefix}{name}]")
             value = build(inner, value, f"{prefix}{name}.")
         else:
-            value = _check_value(prefix + name, value, field, allowed)
+            value = check_value(prefix + name, value, field, allowed)
         values[name] = value
     return kind(**values)
 
@@ -125,7 +125,12 @@ def _fields(kind: type) -> list[tuple[dataclasses.Field[Any], tuple[type, ...]]]
     return listed
 
 
-def _check_value(name: str, value: Any, field: dataclasses.Field[Any], allowed: tuple[type, ...]) -> Any:
+def check_value(name: str, value: Any, field: dataclasses.Field[Any], allowed: tuple[type, ...]) -> Any:
+    """Check one value, and give it as the field holds it: numbers as floats, lists as tuples.
+
+    Raises:
+        SettingError: by the name ``name``, if it is of the wrong type or out of range.
+    """
     kind = next(option for option in allowed if option is not type(None))
     if typing.get_origin(kind) is tuple:
         return _check_numbers(name, value, field, typing.get_args(kind))
@@ -149,12 +154,12 @@ def _check_value(name: str, value: Any, field: dataclasses.Field[Any], allowed: 
 
 
 def _check_numbers(name: str, value: Any, field: dataclasses.Field[Any], kinds: tuple[type, ...]) -> tuple[Any, ...]:
-    """Check a list of numbers, each as `_check_value` does it."""
+    """Check a list of numbers, each as `check_value` does it."""
     words = f"a list of {len(kinds)} numbers from {field.metadata['low']:g} to {field.metadata['high']:g}"
     if not isinstance(value, list | tuple) or len(value) != len(kinds):
         raise SettingError(name, value, words)
     try:
-        return tuple(_check_value(name, each, field, (kind,)) for each, kind in zip(value, kinds, strict=True))
+        return tuple(check_value(name, each, field, (kind,)) for each, kind in zip(value, kinds, strict=True))
     except SettingError:
         raise SettingError(name, value, words) from None
 

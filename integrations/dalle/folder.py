@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
-from .pictures import Pictures
+from .pictures import NAMES_SHOWN, Pictures
 from .scenes import to_tensor
 
 
@@ -51,6 +51,16 @@ class FolderSource:
     def counts(self) -> tuple[int, int]:
         """How many pictures are trained on, and how many are held out."""
         return len(self._training), len(self._held_out)
+
+    def summary(self) -> list[str]:
+        """Lines for the user: how much there is, and what is left out."""
+        return self._pictures.summary()
+
+    def left_out(self) -> tuple[dict[str, int], dict[str, list[str]]]:
+        """Counts, and the first names, of what was left out, by reason."""
+        left_out = self._pictures.left_out
+        counts = {reason: len(names) for reason, names in left_out.items()}
+        return counts, {reason: list(names[:NAMES_SHOWN]) for reason, names in left_out.items()}
 
     def pictures(self, n: int, rng: np.random.Generator) -> Tensor:
         """Draw ``n`` training pictures, ``(n, 3, size, size)`` float32 in [0, 1]."""

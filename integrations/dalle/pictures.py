@@ -6,7 +6,6 @@ cannot be used is left out with its reason and never stops a run. Knows nothing 
 
 import collections
 import concurrent.futures
-import hashlib
 import itertools
 import json
 import os
@@ -14,16 +13,19 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .data import split
 from .settings import InputError
 
 _NOT_PICTURES = {"PDF", "EPS", "MPEG", "WMF", "HDF5", "GRIB", "BUFR"}
 """Formats that Pillow opens but that are no pictures, or that it cannot decode by itself."""
 NAMES_SHOWN = 10
-_ARRAY, _INDEX = "pictures.npy", "pictures.json"
+ALONE, EMPTY = "captions without a picture", "with an empty caption"
+_ARRAY, INDEX = "pictures.npy", "pictures.json"
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,7 @@ class Pictures:
             >>> int(pictures.held_out(0.5).sum())
             1
         """
-        places = np.array([_hash(name) for name in self.names])
-        chosen = places < fraction
-        if fraction > 0 and len(places) > 1:
-            chosen[places.argmin()] = True
-            chosen[places.argmax()] = False
-        return chosen
+        return split.held_out(np.array([split.place_of(name) for name in self.names]), fraction)
 
     def require(self, held_out: float) -> None:
         """Refuse a folder that cannot be trained on.
@@ -89,7 +86,7 @@ class Pictures:
         """Keep everything in the run's folder: ranks read it from there, and so does ``evaluate``."""
         np.save(folder / _ARRAY, self.pixels)
         index = {"names": list(self.names), "captions": list(self.captions), "left_out": dict(self.left_out)}
-        (folder / _INDEX).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "Pictures":
@@ -99,12 +96,12 @@ class Pictures:
             InputError: the files are missing or damaged.
         """
         try:
-            index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
             pixels = np.load(folder / _ARRAY, mmap_mode="r")
             if not len(index["names"]) == len(index["captions"]) == len(pixels):
                 raise ValueError
         except (OSError, ValueError, KeyError):
-            raise InputError(f"{folder}: its {_ARRAY} or {_INDEX} is missing or damaged") from None
+            raise InputError(f"{folder}: its {_ARRAY} or {INDEX} is missing or damaged") from None
         return cls(index["names"], index["captions"], pixels, index["left_out"])
 
 
@@ -118,20 +115,16 @@ def read_folder(folder: Path, size: int) -> Pictures:
     Returns:
         The usable pictures, and what was left out with its reason.
     """
-    suffixes = _suffixes()
-    files = sorted(_files(folder))
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    pictures = [path for path in files if path.suffix.lower() in suffixes]
+    pictures, texts, alone = list_folder(folder)
     left_out: dict[str, list[str]] = collections.defaultdict(list)
-    for stem in sorted(texts.keys() - {path.with_suffix("") for path in pictures}):
-        left_out["captions without a picture"].append(_name(folder, texts[stem]))
+    for text in alone:
+        left_out[ALONE].append(_name(folder, text))
 
     names, captions, pixels = [], [], []
     with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # Pillow warns of damaged metadata and of large pictures; both are read, or left out with a reason.
         warnings.simplefilter("ignore")
-        captioned = [texts.get(path.with_suffix("")) for path in pictures]
-        pairs = pool.map(_read_pair, pictures, captioned, itertools.repeat(size))
+        pairs = pool.map(_read_pair, pictures, texts, itertools.repeat(size))
         for path, (caption, picture, reason) in zip(pictures, pairs, strict=True):
             if picture is None:
                 left_out[reason].append(_name(folder, path))
@@ -143,11 +136,36 @@ def read_folder(folder: Path, size: int) -> Pictures:
     return Pictures(names, captions, stacked, dict(left_out))
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
+def list_folder(folder: Path) -> tuple[list[Path], list[Path | None], list[Path]]:
+    """List what `read_folder` would read.
+
+    Returns:
+        The pictures, sorted; the text that belongs to each, or ``None``; and the texts that belong to no picture.
+    """
+    files = sorted(_files(folder))
+    endings = suffixes()
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
+    pictures = [path for path in files if path.suffix.lower() in endings]
+    alone = sorted(texts.keys() - {path.with_suffix("") for path in pictures})
+    return pictures, [texts.get(path.with_suffix("")) for path in pictures], [texts[stem] for stem in alone]
+
+
+def read_caption(text: Path | None) -> tuple[str, str]:
+    """Read the caption of a picture on one line; the second text is why there is none, or empty."""
+    if text is None:
+        return "", "without a caption"
+    try:
+        caption = " ".join(text.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError):
+        return "", "with an unreadable caption"
+    return caption, "" if caption else EMPTY
+
+
+def read_picture(file: Path | BinaryIO, size: int) -> np.ndarray:
     """Decode one picture of any mode and make it a square.
 
     Args:
-        path: the file; of an animation the first frame is taken.
+        file: the file; of an animation the first frame is taken.
         size: side of the square in pixels.
 
     Returns:
@@ -156,14 +174,28 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     Raises:
         OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError: what Pillow raises for broken files.
     """
-    with Image.open(path) as opened:
+    return square(decode(file, size), size)
+
+
+def decode(file: Path | BinaryIO, size: int) -> Image.Image:
+    """Decode one picture and make it upright, red, green and blue.
+
+    Args:
+        file: the file.
+        size: side of the square that will be made of it; a JPEG is decoded no larger than twice that needs.
+    """
+    with Image.open(file) as opened:
         # A JPEG can be decoded at an eighth of its size for an eighth of the time; twice ours is fine enough.
         opened.draft(None, (2 * size, 2 * size))
-        picture = _rgb(ImageOps.exif_transpose(opened))
+        return _rgb(ImageOps.exif_transpose(opened))
+
+
+def square(picture: Image.Image, size: int) -> np.ndarray:
+    """Cut a picture to its central square and resize that by area, uint8 ``(size, size, 3)``."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))
-    return np.asarray(square)
+    resized = picture.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))
+    return np.asarray(resized)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
@@ -183,14 +215,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 def _read_pair(path: Path, text: Path | None, size: int) -> tuple[str, np.ndarray | None, str]:
     """Caption and picture, or ``None`` with a reason."""
-    if text is None:
-        return "", None, "without a caption"
-    try:
-        caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError):
-        return "", None, "with an unreadable caption"
-    if not caption:
-        return "", None, "with an empty caption"
+    caption, reason = read_caption(text)
+    if reason:
+        return "", None, reason
     try:
         return caption, read_picture(path, size), ""
     except Image.DecompressionBombError:
@@ -212,15 +239,11 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
-def _suffixes() -> set[str]:
+def suffixes() -> set[str]:
+    """Endings of the names of pictures, in lower case with their dots."""
     extensions = Image.registered_extensions()
     return {end for end, form in extensions.items() if form in Image.OPEN and form not in _NOT_PICTURES}
 
 
 def _name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _hash(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

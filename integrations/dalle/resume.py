@@ -1,4 +1,4 @@
-"""What becomes of a folder in which a run has begun: it goes on, is finished, or is another run. Knows nothing of torch.
+"""What becomes of a folder in which a run has begun: it goes on, or is finished, or another. Knows nothing of torch.
 
 ==========================  =======================  ==========================================
 in the folder               with the same settings   with others

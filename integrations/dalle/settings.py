@@ -4,6 +4,7 @@ This module knows nothing of torch, on purpose: a typo in a configuration file m
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from .fields import number as _number
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
+KINDS = ("auto", "folder", "coco", "tsv", "webdataset")
+READING = ("auto", "memory", "stream")
+ATTENTIONS = ("full", "paper")
+ACTIVATIONS = ("relu", "gelu")
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 """Files of settings that are installed with the package, by name."""
 
@@ -54,20 +59,23 @@ class Stage2Options:
     clip: float | None = _number(None, 1e-8, 1e8, "largest global norm of the gradient")
     averaging: float | None = _number(None, 0.0, 1 - 1e-9, "part of the steps that weights are averaged over; 0: none")
     accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
-    bpe_dropout: float | None = _number(
-        None, 0.0, 1 - 1e-9, "share of the merges of text tokens passed over in training"
-    )
+    bpe_dropout: float | None = _number(None, 0.0, 1 - 1e-9, "share of merges of text tokens passed over in training")
     uncaptioned: float | None = _number(None, 0.0, 1 - 1e-9, "share of the batch without captions")
     width: int = _number(128, 8, 8192, "features of a position")
     layers: int | None = _number(None, 1, 256, "pairs of attention and MLP")
     heads: int = _number(4, 1, 256, "attention heads; they divide the width")
     vocabulary: int = _number(1024, 2, 65_536, "text tokens, at most")
     text_length: int = _number(32, 1, 1024, "text tokens of a caption, at most; what is longer is cut")
+    attention: str = _choice("full", ATTENTIONS, "to all that came before, or by rows, columns and a last convolution")
+    kernel: int = _number(11, 1, 63, "side of the square that the convolution sees, an odd number")
+    activation: str = _choice("relu", ACTIVATIONS, "of the MLP")
+    code_width: int = _number(64, 0, 8192, "features of a code's vector; 0 embeds codes at the full width")
+    neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage; saving changes no number."""
+    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage; no number changes."""
 
     every_steps: int = _number(0, 0, 10_000_000, "steps between two saves; 0: not by steps")
     every_seconds: float = _number(120.0, 0.0, 1e7, "seconds between two saves; 0: not by time")
@@ -92,6 +100,31 @@ class SamplingOptions:
     temperature: float = _number(1.0, 0.01, 10.0, "below 1 prefers likely tokens")
     top_k: int | None = _number(None, 1, 65_536, "draw from the k likeliest tokens only")
     top_p: float | None = _number(None, 1e-6, 1.0, "draw from the likeliest tokens that have this probability together")
+    guidance: float | None = _number(None, 0.0, 100.0, "how much more the caption counts; 1 is plain sampling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The table ``[data]``: what ``--data`` names, how it is read, and which of it is left out."""
+
+    kind: str = _choice("auto", KINDS, "what --data names; auto goes by its ending")
+    images: str | None = None
+    """Folder that the pictures of a .json or .tsv lie in; without it, it is looked for beside that file."""
+    caption_column: int = _number(1, 1, 1000, "column of a .tsv that has the captions")
+    picture_column: int = _number(2, 1, 1000, "column of a .tsv that has the paths of the pictures")
+    caption_field: str = "caption"
+    """Name of the caption in the .json of a sample of a tar shard that has no .txt."""
+    reading: str = _choice("auto", READING, "decode all pictures once, into memory, or as they are needed")
+    workers: int = _number(2, 1, 256, "threads of each rank that decode pictures")
+    prefetch: int = _number(2, 0, 64, "batches that are decoded ahead")
+    augmentation: str = _choice("none", ("none", "paper"), "none: the central square; paper: random crops")
+    filters: str = _choice("none", ("none", "paper"), "what is left out, where nothing else is said of it")
+    shortest: int | None = _number(None, 0, 1000, "words of a caption, at least")
+    boilerplate: str | None = None
+    """Regular expression; a caption in which it is found is left out."""
+    latin: float | None = _number(None, 0.0, 1.0, "share of a caption's letters that are a to z, at least")
+    aspect: float | None = _number(None, 1.0, 1000.0, "longer side of a picture over the shorter one, at most")
+    captions_read: int = _number(200_000, 1, 100_000_000, "captions that the text tokenizer learns from, at most")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +146,7 @@ class TrainSettings:
         pictures_every: steps between pictures in TensorBoard; 0 draws none.
         sampling: how image tokens are drawn.
         checkpoint: when the run saves itself.
+        data: what the pictures are read from, and which are left out.
 
     Raises:
         SettingError: a value is of the wrong type or out of range.
@@ -135,14 +169,25 @@ class TrainSettings:
     pictures_every: int = _number(500, 0, 10_000_000, "steps between pictures in TensorBoard; 0: none")
     sampling: SamplingOptions = SamplingOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
+    data: DataOptions = DataOptions()
 
     def __post_init__(self) -> None:
         check(self)
         if self.size % self.stage1.patch:
             raise SettingError("size", self.size, f"a multiple of stage1.patch, which is {self.stage1.patch}")
+        if self.data.boilerplate is not None:
+            try:
+                re.compile(self.data.boilerplate)
+            except re.error as error:
+                allowed = f"a regular expression: {error}"
+                raise SettingError("data.boilerplate", self.data.boilerplate, allowed) from None
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
+        if self.stage2.kernel % 2 == 0:
+            raise SettingError("stage2.kernel", self.stage2.kernel, "an odd number")
+        if self.stage2.neighbours and not self.stage2.code_width:
+            raise SettingError("stage2.neighbours", self.stage2.neighbours, "0 where stage2.code_width is 0")
         if self.communication.separate and width % self.shard:
             raise SettingError(
                 "stage2.width", width, f"a multiple of shard, which is {self.shard}, for separate = true"

@@ -25,9 +25,11 @@ from torch.optim import Optimizer
 from distopt.errors import SettingError
 
 from .batches import chunks
-from .context import Context, Source, StageResult
-from .dvae import DVAE, DVAESettings, ResidualBlock, gumbel
+from .context import Context, Source, StageResult, Stream
+from .data.batches import pictures_of
+from .dvae import DVAE, DVAESettings
 from .precision import LossScaler, Scaler, adamw
+from .relaxed import gumbel
 from .scenes import Scenes, to_tensor, to_uint8
 from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
 from .scorer import matches_all
@@ -151,7 +153,7 @@ class _Stage:
         self._source, self._context = source, context
 
     def units(self) -> list[nn.Module]:
-        return [module for module in self.model.modules() if isinstance(module, ResidualBlock)]
+        return list(self.model.units())
 
     def by_columns(self) -> list[nn.Parameter]:
         return []
@@ -256,8 +258,11 @@ def _batch(
 ) -> tuple[Tensor, Tensor]:
     """This rank's pictures of ``step``, and the Gumbel noise of their logits."""
     pictures, noises = [], []
+    if isinstance(source, Stream):
+        pictures.append(pictures_of(source, context.part(STAGE, step, settings.batch)))
     for chunk in chunks(context, STAGE, step, settings.batch):
-        pictures.append(source.pictures(chunk.rows, chunk.rng)[chunk.kept])
+        if not isinstance(source, Stream):
+            pictures.append(source.pictures(chunk.rows, chunk.rng)[chunk.kept])
         generator = torch.Generator(context.device).manual_seed(int(chunk.rng.integers(2**63)))
         logits = torch.empty(chunk.rows, model.codes, model.grid, model.grid, device=context.device)
         noises.append(gumbel(logits, generator)[chunk.kept])

@@ -10,6 +10,7 @@ and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % B
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +20,8 @@ import distopt
 
 from .batches import chunks
 from .codes import Codec, code_vectors
-from .context import Context, Source, StageResult
+from .context import Context, Source, StageResult, Stream
+from .data.batches import text_and_pictures_of
 from .precision import LossScaler, Scaler, adamw
 from .sampling import sample
 from .schedules import StageSettings, is_share
@@ -215,6 +217,14 @@ def _batch(
 ) -> tuple[Tensor, Tensor]:
     """This rank's text and image tokens of ``step``."""
     texts, pictures = [], []
+    if isinstance(source, Stream):
+
+        def encode(captions: list[str], rng: np.random.Generator) -> Tensor:
+            return tokenizer.encode(captions, model.text_length, rng=rng, dropout=settings.bpe_dropout)
+
+        part = context.part(STAGE, step, settings.batch)
+        text, drawn = text_and_pictures_of(source, part, encode, settings.uncaptioned)
+        return text, dvae.tokenize(drawn.to(context.device))
     for chunk in chunks(context, STAGE, step, settings.batch):
         # A fraction of a picture is left to chance.
         silent = int(settings.uncaptioned * chunk.rows + chunk.rng.random())

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import recipe, report, runs, sheets
+from . import recipe, report, resume, runs, sheets
+from .checkpoints import RunCheckpoints
 from .context import Context
+from .data import batches, opening
+from .data.stream import StreamSource
 from .dvae import DVAESettings
 from .evaluate import score_folder
 from .folder import FolderSource
 from .model import Model
-from .pictures import NAMES_SHOWN, Pictures, read_folder
+from .pictures import NAMES_SHOWN
 from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
@@ -32,7 +35,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
 
     Args:
         settings: what the user chose.
-        data: the folder of pictures.
+        data: the pictures, as ``--data`` names them.
         out: the run's folder, which exists.
         context: rank, device and seed.
         read: whether ``data`` must still be read; otherwise ``out`` has the pictures already.
@@ -42,27 +45,31 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         SettingError: a setting does not fit the number of ranks.
     """
     began = time.perf_counter()
-    pictures = _pictures(settings, data, out, context, read)
-    source = FolderSource(pictures, held_out=settings.held_out, shift=settings.shift)
+    source = _source(settings, data, out, context, read)
     chosen = recipe_of(settings)
     with recipe.journal_of(out, context) as journal:
-        for line in pictures.summary():
+        for line in source.summary():
             journal.say(line)
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        trained = recipe.train(source, chosen, context, journal)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        trained = recipe.train(source, chosen, context, journal, checkpoints)
+    broken = batches.broken_of(source, context)
     if context.rank != 0:
         return
     training, held_out = source.counts
+    left_out, names = source.left_out()
+    if broken:
+        left_out["broken"], names["broken"] = left_out.get("broken", 0) + len(broken), broken[:NAMES_SHOWN]
     full = {
         **score_folder(trained.model, source, context.device),
         **trained.figures(),
         "data": {
             "folder": str(data),
-            "pictures": len(pictures.names),
+            "pictures": training + held_out,
             "training": training,
             "held_out": held_out,
-            "left_out": {reason: len(names) for reason, names in pictures.left_out.items()},
-            "left_out_names": {reason: list(names[:NAMES_SHOWN]) for reason, names in pictures.left_out.items()},
+            "left_out": left_out,
+            "left_out_names": names,
         },
         "world_size": context.world_size,
         "seed": settings.seed,
@@ -78,6 +85,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "data": {"held_out": settings.held_out}, "training": chosen.describe()}
     trained.model.save(out, "folder", kept)
+    resume.finish(out)
     lines = [
         *report.held_out_lines(full),
         *report.stage_lines(full),
@@ -88,22 +96,29 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
     print(report.framed(title, lines))
 
 
-def _pictures(settings: TrainSettings, data: Path, out: Path, context: Context, read: bool) -> Pictures:
-    """The pictures of the folder; where nobody has read them yet, rank 0 does so for all."""
+def _source(
+    settings: TrainSettings, data: Path, out: Path, context: Context, read: bool
+) -> FolderSource | StreamSource:
+    """The pictures as they were read or indexed; where nobody has done so yet, rank 0 does it for all."""
     if read:
         refused: list[Exception | None] = [None]
         if context.rank == 0:
             try:
-                pictures = read_folder(data, settings.size)
-                pictures.require(settings.held_out)
-                pictures.save(out)
+                opening.keep(opening.read(data, settings, out), out)
             except Exception as error:
                 refused = [error]
         if context.world_size > 1:
             dist.broadcast_object_list(refused)
         if refused[0] is not None:
             raise refused[0]
-    return Pictures.load(out)
+    return opening.load(
+        out,
+        size=settings.size,
+        held_out=settings.held_out,
+        seed=settings.seed,
+        shift=settings.shift,
+        options=settings.data,
+    )
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
@@ -111,7 +126,8 @@ def recipe_of(settings: TrainSettings) -> Recipe:
     one, two = _given(settings.stage1), _given(settings.stage2)
     codes = {"codes": one.pop("codes")} if "codes" in one else {}
     grid = settings.size // one.pop("patch")
-    shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
+    names = ("width", "layers", "heads", "attention", "kernel", "activation", "code_width", "neighbours")
+    shape = {name: two.pop(name) for name in names if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
@@ -126,6 +142,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         reducers=(averaged, averaged),
         precision=settings.precision,
         shards=settings.shard,
+        pictures_every=settings.pictures_every,
     )
 
 
@@ -134,7 +151,7 @@ def _given(options: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
 
 
-def _draw_samples(path: Path, model: Model, source: FolderSource, seed: int) -> None:
+def _draw_samples(path: Path, model: Model, source: FolderSource | StreamSource, seed: int) -> None:
     captions, pictures = source.held_out(1024)
     # Different captions first: folders often say the same of many pictures.
     first_of = {caption: i for i, caption in reversed(list(enumerate(captions)))}

@@ -27,7 +27,7 @@ def test_the_papers_sizes(name, billions, width, rank, saving):
     matrices = 12 * 64 * width**2
     assert matrices / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.in_blocks == pytest.approx(matrices, rel=2e-3)  # besides biases and norms
-    assert 8 * plan.matrices == matrices + 4 * 64 * width  # what projects the vectors of four codes is one too
+    assert 8 * plan.matrices == matrices
     assert plan.budget.residuals == 2 * plan.matrices
     sent = plan.budget.matrix_bytes_sent / 2
     assert 1 - sent / plan.matrices == pytest.approx(1 - 5 * rank / (8 * width), abs=1e-4)

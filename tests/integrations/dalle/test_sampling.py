@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from distopt.integrations.dalle.cache import Cache
 from distopt.integrations.dalle.sampling import filter_logits, sample
 from distopt.integrations.dalle.text import PAD
-from distopt.integrations.dalle.transformer import Cache, Transformer, TransformerSettings
+from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
