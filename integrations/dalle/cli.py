@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from distopt.errors import DistoptError
 
-from . import launch, resume, runs
+from . import drawing, launch, resume, runs
 from .fields import MAX_SEED, check_value, leaves, nested, value_of
 from .settings import (
     PRESETS,
@@ -171,8 +171,7 @@ def _begin(parsed: argparse.Namespace, settings: Any, out: Path, place: launch.P
 
 
 def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
-    caption = " ".join(parsed.caption.split())
-    if not caption:
+    if not parsed.caption.strip():
         raise InputError(f"--caption {parsed.caption!r}: must have at least one word")
     out: Path = parsed.out
     if out.suffix.lower() != ".png":
@@ -180,11 +179,12 @@ def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name a file that ends with .png")
     run = runs.open_run(parsed.run_folder)
+    request = drawing.request_of(parsed, run)
     launch.check_devices(parsed.device, 1)
     _writable_folder("--out", out.parent)
     from .generate import write_samples
 
-    write_samples(run, caption, out, n=parsed.n, seed=parsed.seed, device=parsed.device)
+    write_samples(run, request, out, device=parsed.device)
     print(out)
     return 0
 
@@ -238,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, metavar="F.png", help="one picture, or a sheet of several")
     sample.add_argument("--n", type=_whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)")
     sample.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    drawing.add_flags(sample)
 
     evaluate = command("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")
     _add_run(evaluate)

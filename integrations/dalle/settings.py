@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
 KINDS = ("auto", "folder", "coco", "tsv", "webdataset")
 READING = ("auto", "memory", "stream")
+DEMOS = ("demo", "small")
 ATTENTIONS = ("full", "paper")
 ACTIVATIONS = ("relu", "gelu")
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
@@ -70,6 +71,8 @@ class Stage2Options:
     kernel: int = _number(11, 1, 63, "side of the square that the convolution sees, an odd number")
     activation: str = _choice("relu", ACTIVATIONS, "of the MLP")
     code_width: int = _number(64, 0, 8192, "features of a code's vector; 0 embeds codes at the full width")
+    fixed_codes: bool = True
+    """Leave the codes' vectors as they start, from what each code looks like."""
     neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
 
 
@@ -199,11 +202,12 @@ class DemoSettings:
     """What ``distopt-dalle demo`` can be told; all else is fixed, so that its scores mean something.
 
     Args:
+        preset: "demo", ten minutes on two cores, or "small", an hour at most.
         seed: decides initial weights, batches and samples; the task itself is always the same.
-        steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the published demo.
+        steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the preset.
         steps_2: the same for stage 2.
         reducer: "powersgd" or "allreduce".
-        rank: of PowerSGD; ``None`` is the demo's own.
+        rank: of PowerSGD; ``None`` is the preset's own.
         precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
         shard: as for ``TrainSettings``.
         n: captions scored in each split.
@@ -214,6 +218,7 @@ class DemoSettings:
         SettingError: a value is of the wrong type or out of range.
     """
 
+    preset: str = _choice("demo", DEMOS, "how long to train")
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
     steps_1: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 1")
     steps_2: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 2")

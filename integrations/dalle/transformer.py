@@ -14,11 +14,11 @@ V, K       text tokens, image codes
 C          width of a code's vector
 =========  ====================================================================================
 
-Four departures from the paper are what the defaults have, for they make a small model learn fast. A code's vector
-starts, in and out, from what the code looks like (``codes.code_vectors``), so that codes that look alike share what is
-learned, and a code in a place that no caption ever named is not a stranger. A slot is also fed the three codes above
-it, which are earlier in the raster. The activation is a ReLU, for its price on a CPU. Every layer attends to all that
-came before. The presets of the paper's sizes have none of them.
+Four departures from the paper are what the defaults have, for they make a small model learn fast. A code's vector is,
+in and out, what the code looks like, form and colour apart (``codes.code_vectors``), and stays so: codes that look
+alike share what is learned, and a form is drawn in a colour that no caption ever gave it. A slot is also fed the three
+codes above it, which are earlier in the raster. The activation is a ReLU, for its price on a CPU. Every layer attends
+to all that came before. The presets of the paper's sizes have none of them.
 
 Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, section 2.2 and appendix B.1.
 """
@@ -61,6 +61,7 @@ class TransformerSettings:
         attention: "full", or "paper" for rows, columns and a last convolution.
         kernel: side of the square that the convolution sees, an odd number; the paper's is 11.
         activation: of the MLP, "relu" or "gelu"; the paper names none.
+        fixed_codes: leave the codes' vectors as they start, see ``codes.code_vectors``; not where ``code_width`` is 0.
 
     Raises:
         SettingError: where a value is out of its range.
@@ -79,10 +80,13 @@ class TransformerSettings:
     attention: str = "full"
     kernel: int = 11
     activation: str = "relu"
+    fixed_codes: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "fixed_codes":
+                continue
             if field.name in _CHOICES:
                 if value not in _CHOICES[field.name]:
                     raise SettingError(f"TransformerSettings.{field.name}", value, f"one of {_CHOICES[field.name]}")
@@ -217,6 +221,8 @@ class Transformer(nn.Module):
         self.code_embedding.weight[:-1].copy_(unit)
         self.image_unembedding.weight.copy_(unit * settings.code_width**-0.5)
         self.image_unembedding_in.weight.mul_(0.1)
+        for vectors_of_codes in (self.code_embedding, self.image_unembedding):
+            vectors_of_codes.weight.requires_grad_(not settings.fixed_codes)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Embed the start and ``text`` ``(B, T)`` int64 with ``PAD``; gives ``(B, 1 + T, D)``."""

@@ -133,10 +133,6 @@ class StreamSource:
                 self._ahead[each] = self._begin(each)
         return [future.result() for future in self._ahead.pop(part)]
 
-    def pictures_at(self, part: Part) -> Tensor:
-        """The pictures alone, ``(count, 3, size, size)`` float32 in [0, 1]."""
-        return to_tensor(np.stack([sample.pixels for sample in self.samples_at(part)]))
-
     def pictures(self, n: int, rng: np.random.Generator) -> Tensor:
         """Draw ``n`` training pictures at random, as stage 1 sees them."""
         return to_tensor(self._drawn(1, n, rng)[1])

@@ -68,7 +68,11 @@ def test_a_plan_is_what_the_optimizer_then_takes(precision):
 def test_all_presets_are_sound():
     assert PRESETS == ("paper-12b", "paper-2.8b", "paper-5.6b")
     for name in PRESETS:
-        recipe_of(build(TrainSettings, preset(name)))
+        recipe = recipe_of(build(TrainSettings, preset(name)))
+        # The published model's masks and embeddings, none of the departures that serve a small one.
+        chosen = {"attention": "paper", "kernel": 11, "code_width": 0, "neighbours": 0}
+        assert chosen.items() <= recipe.transformer.items()
+        assert (recipe.sampling.temperature, recipe.sampling.guidance) == (1.0, 1.0)
 
 
 def test_lines_of_a_run_on_ddp_say_nothing_of_gathering():
