@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import distopt
 
 from . import report, runs, sheets
+from .architectures import AnyDVAESettings
 from .context import Context, Source, StageResult
-from .dvae import DVAESettings
 from .journal import RunJournal
 from .model import Model
+from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .stage1 import Stage1Settings, train_dvae
@@ -37,6 +38,7 @@ class Recipe:
     Args:
         dvae: size of the discrete VAE.
         stage1: how it is trained.
+        weights: a folder with a published encoder and decoder that take the place of training it.
         vocabulary: text tokens, at most.
         text_length: text tokens of a caption, at most.
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
@@ -47,7 +49,7 @@ class Recipe:
         shards: ranks that hold one copy of the model together.
     """
 
-    dvae: DVAESettings
+    dvae: AnyDVAESettings
     stage1: Stage1Settings
     vocabulary: int
     text_length: int
@@ -57,6 +59,7 @@ class Recipe:
     reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
     precision: str = "fp32"
     shards: int = 1
+    weights: str | None = None
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
@@ -75,7 +78,7 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Give how the run was trained, ready for JSON; the model's own settings are saved with the model."""
         return {
-            "stage1": dataclasses.asdict(self.stage1),
+            "stage1": dataclasses.asdict(self.stage1) if self.weights is None else {"weights": self.weights},
             "stage2": dataclasses.asdict(self.stage2),
             "communication": [repr(reducer) for reducer in self.reducers],
             "precision": self.precision,
@@ -146,7 +149,10 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
         surroundings = dataclasses.replace(
             context, reducer=recipe.reducers[0], shards=recipe.shards, precision=recipe.precision, journal=stage
         )
-        stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
+        if recipe.weights is None:
+            stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
+        else:
+            stage1 = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
     dvae: Any = stage1.model.eval()
     settings = TransformerSettings(
         text_vocabulary=tokenizer.vocabulary,
@@ -162,6 +168,22 @@ def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal)
     transformer: Any = stage2.model.eval()
     model = Model(dvae=dvae, transformer=transformer, tokenizer=tokenizer, sampling=recipe.sampling)
     return Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
+
+
+def published_dvae(folder: Path, size: int, context: Context) -> StageResult:
+    """What stage 1 ends with where its weights are given: no step was taken.
+
+    Args:
+        folder: has the encoder and the decoder.
+        size: side of the pictures, in pixels.
+        context: where the model goes.
+
+    Raises:
+        InputError: the files cannot be read.
+    """
+    began = time.perf_counter()
+    model = load_published(*find_published(folder), size).to(context.device)
+    return StageResult(model=model, steps=0, final_loss=math.nan, curve=[], wall_seconds=time.perf_counter() - began)
 
 
 def _divisible(settings: _Stage, ranks: int) -> _Stage:

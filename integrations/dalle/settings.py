@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from distopt.errors import DistoptError, SettingError
 
+from .schedules import LENGTH, is_length
+
 MAX_SEED = 2**63 - 1
 PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
@@ -30,19 +32,54 @@ def _number(default: Any, low: float, high: float, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
 
 
+def _text(meaning: str) -> Any:
+    return dataclasses.field(default=None, metadata={"meaning": meaning})
+
+
+def _length(meaning: str) -> Any:
+    return dataclasses.field(default=None, metadata={"length": True, "meaning": meaning})
+
+
 def _choice(default: Any, options: tuple[str, ...], meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"options": options, "meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage1Options:
-    """The table ``[stage1]``: the discrete VAE. What is left out keeps the stage's own default."""
+    """The table ``[stage1]``: the discrete VAE. What is left out keeps the default of the architecture.
 
+    Lengths of schedules are a whole number of steps (``5000``) or a fraction of the run (``0.05``; ``1.0``: all of it).
+    """
+
+    architecture: str = _choice("small", ("small", "paper"), "small, or the paper's encoder and decoder")
+    weights: str | None = _text("folder with a published encoder and decoder, which are then not trained")
     steps: int | None = _number(None, 1, 10_000_000, "optimizer steps")
     batch: int | None = _number(None, 1, 65_536, "pictures a step, over all ranks")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
     codes: int | None = _number(None, 2, 65_536, "size of the codebook")
     patch: int = _number(4, 1, 64, "side of the pixels under one token; divides the size of the pictures")
+    width: int | None = _number(None, 1, 8192, "small: channels of the residual stream")
+    neck: int | None = _number(None, 1, 8192, "small: channels inside a residual block")
+    n_hid: int | None = _number(None, 4, 8192, "paper: channels of the narrowest group, a multiple of 4")
+    n_init: int | None = _number(None, 1, 8192, "paper: channels of a codebook vector")
+    blocks: int | None = _number(None, 1, 64, "paper: residual blocks in a group")
+    likelihood: str | None = _choice(None, ("mse", "logit_laplace"), "what a reconstruction is measured by")
+    log_scale_floor: float | None = _number(None, -100.0, 100.0, "smallest log-width of the logit-Laplace")
+    warmup: int | float | None = _length("length in which the learning rate rises")
+    decay_steps: int | float | None = _length("length after which the learning rate has fallen to its end")
+    final_learning_rate: float | None = _number(None, 0.0, 1.0, "where it ends, as a fraction of its largest value")
+    adam_beta1: float | None = _number(None, 0.0, 0.999999, "AdamW's first decay rate")
+    adam_beta2: float | None = _number(None, 0.0, 0.999999, "AdamW's second decay rate")
+    weight_decay: float | None = _number(None, 0.0, 10.0, "AdamW's, times the learning rate")
+    clip: float | None = _number(None, 0.0, 1e6, "largest norm of the gradient; 0 for none")
+    averaging: float | None = _number(None, 0.0, 0.999999, "decay a step of the averaged weights; 0 for none")
+    tau_start: float | None = _number(None, 1e-3, 100.0, "temperature of the relaxation at the start")
+    tau_end: float | None = _number(None, 1e-3, 100.0, "temperature of the relaxation at its end")
+    tau_steps: int | float | None = _length("length after which the temperature is at its end")
+    beta: float | None = _number(None, 0.0, 1e4, "weight of the KL divergence at its end; it starts at 0")
+    beta_steps: int | float | None = _length("length after which beta is reached")
+    usage: float | None = _number(None, 0.0, 1e4, "push towards equal use of the codes at the start; it falls to 0")
+    edges: float | None = _number(None, 0.0, 1e4, "how much more errors at edges weigh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +158,7 @@ class TrainSettings:
         check(self)
         if self.size % self.stage1.patch:
             raise SettingError("size", self.size, f"a multiple of stage1.patch, which is {self.stage1.patch}")
+        _check_architecture(self.stage1)
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
@@ -159,6 +197,23 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+_OF_ONE = {"width": "small", "neck": "small", "n_hid": "paper", "n_init": "paper", "blocks": "paper"}
+"""Fields of stage 1 that only one architecture has."""
+
+
+def _check_architecture(stage1: Stage1Options) -> None:
+    chosen = stage1.architecture
+    for name, architecture in _OF_ONE.items():
+        if getattr(stage1, name) is not None and chosen != architecture:
+            raise SettingError(f"stage1.{name}", getattr(stage1, name), f"left out: it is of the {architecture} dVAE")
+    if chosen == "paper" and stage1.patch.bit_count() != 1:
+        raise SettingError("stage1.patch", stage1.patch, "a power of two for the paper's dVAE")
+    if chosen == "paper" and stage1.n_hid is not None and stage1.n_hid % 4:
+        raise SettingError("stage1.n_hid", stage1.n_hid, "a multiple of 4")
+    if chosen != "paper" and stage1.weights is not None:
+        raise SettingError("stage1.architecture", chosen, "paper, which the published weights are of")
 
 
 def check_shard(settings: TrainSettings | DemoSettings, ranks: int) -> None:
@@ -291,6 +346,10 @@ def _fields(kind: type) -> list[tuple[dataclasses.Field[Any], tuple[type, ...]]]
 
 
 def _check_value(name: str, value: Any, field: dataclasses.Field[Any], allowed: tuple[type, ...]) -> Any:
+    if "length" in field.metadata:
+        if not is_length(value):
+            raise SettingError(name, value, LENGTH)
+        return value
     kind = next(option for option in allowed if option is not type(None))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

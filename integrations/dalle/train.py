@@ -7,9 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import recipe, report, runs, sheets
+from . import architectures, recipe, report, runs, sheets, stage1
 from .context import Context
-from .dvae import DVAESettings
 from .evaluate import score_folder
 from .folder import FolderSource
 from .model import Model
@@ -19,7 +18,6 @@ from .recipe import Recipe
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import TrainSettings
-from .stage1 import Stage1Settings
 from .stage2 import Stage2Settings
 
 _SHOWN = 24
@@ -108,16 +106,15 @@ def _pictures(settings: TrainSettings, data: Path, out: Path, context: Context, 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
     """Say how both stages are trained, from what a user chose."""
-    one, two = _given(settings.stage1), _given(settings.stage2)
-    codes = {"codes": one.pop("codes")} if "codes" in one else {}
-    grid = settings.size // one.pop("patch")
+    two = _given(settings.stage2)
     shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
     return Recipe(
-        dvae=DVAESettings(size=settings.size, grid=grid, **codes),
-        stage1=Stage1Settings(**one),
+        dvae=architectures.settings_of(settings.stage1, settings.size),
+        stage1=stage1.settings_of(settings.stage1),
+        weights=settings.stage1.weights,
         vocabulary=vocabulary,
         text_length=text_length,
         transformer=shape,
