@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import distopt
 
 from . import report, runs, sheets
+from .architectures import AnyDVAESettings, build
 from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
 from .context import Context, Source, StageResult
-from .dvae import DVAE, DVAESettings
 from .journal import RunJournal
 from .model import Model
+from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import InputError
@@ -41,6 +42,7 @@ class Recipe:
     Args:
         dvae: size of the discrete VAE.
         stage1: how it is trained.
+        weights: a folder with a published encoder and decoder that take the place of training it.
         vocabulary: text tokens, at most.
         text_length: text tokens of a caption, at most.
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
@@ -52,7 +54,7 @@ class Recipe:
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
     """
 
-    dvae: DVAESettings
+    dvae: AnyDVAESettings
     stage1: Stage1Settings
     vocabulary: int
     text_length: int
@@ -63,6 +65,7 @@ class Recipe:
     precision: str = "fp32"
     shards: int = 1
     pictures_every: int = 0
+    weights: str | None = None
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
@@ -81,7 +84,7 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Give how the run was trained, ready for JSON; the model's own settings are saved with the model."""
         return {
-            "stage1": dataclasses.asdict(self.stage1),
+            "stage1": dataclasses.asdict(self.stage1) if self.weights is None else {"weights": self.weights},
             "stage2": dataclasses.asdict(self.stage2),
             "communication": [repr(reducer) for reducer in self.reducers],
             "precision": self.precision,
@@ -161,7 +164,9 @@ def train(
         context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
     )
     if done == 2 and saved is not None:
-        stage1 = unpacked(saved["stage1"], DVAE(recipe.dvae).to(context.device))
+        stage1 = unpacked(saved["stage1"], build(recipe.dvae).to(context.device))
+    elif recipe.weights is not None:
+        stage1 = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
     else:
         how = _divisible(recipe.stage1, context.world_size)
         with _stage(1, recipe, shared, journal, checkpoints, facts, resumed=done == 1) as surroundings:
@@ -227,6 +232,22 @@ def _digest(source: Source) -> str:
     for caption in source.captions():
         digest.update(caption.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def published_dvae(folder: Path, size: int, context: Context) -> StageResult:
+    """What stage 1 ends with where its weights are given: no step was taken.
+
+    Args:
+        folder: has the encoder and the decoder.
+        size: side of the pictures, in pixels.
+        context: where the model goes.
+
+    Raises:
+        InputError: the files cannot be read.
+    """
+    began = time.perf_counter()
+    model = load_published(*find_published(folder), size).to(context.device)
+    return StageResult(model=model, steps=0, final_loss=math.nan, curve=[], wall_seconds=time.perf_counter() - began)
 
 
 def _divisible(settings: _Stage, ranks: int) -> _Stage:
