@@ -11,8 +11,9 @@ from typing import NoReturn
 
 from distopt.errors import DistoptError
 
-from . import launch, runs
+from . import drawing, launch, runs
 from .settings import (
+    DEMOS,
     MAX_SEED,
     PRECISIONS,
     PRESETS,
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     settings = DemoSettings(
+        preset=parsed.preset,
         seed=parsed.seed,
         steps_1=parsed.steps_1,
         steps_2=parsed.steps_2,
@@ -163,8 +165,7 @@ def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
 
 
 def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
-    caption = " ".join(parsed.caption.split())
-    if not caption:
+    if not parsed.caption.strip():
         raise InputError(f"--caption {parsed.caption!r}: must have at least one word")
     out: Path = parsed.out
     if out.suffix.lower() != ".png":
@@ -172,11 +173,12 @@ def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name a file that ends with .png")
     run = runs.open_run(parsed.run_folder)
+    request = drawing.request_of(parsed, run)
     launch.check_devices(parsed.device, 1)
     _writable_folder("--out", out.parent)
     from .generate import write_samples
 
-    write_samples(run, caption, out, n=parsed.n, seed=parsed.seed, device=parsed.device)
+    write_samples(run, request, out, device=parsed.device)
     print(out)
     return 0
 
@@ -210,6 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
     _add_ranks(demo, launch.MOST)
     _add_steps(demo, "the published scores need the default")
+    demo.add_argument(
+        "--preset", choices=DEMOS, default="demo", help="small trains for up to an hour (default: demo, ten minutes)"
+    )
     demo.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     demo.add_argument(
         "--reducer",
@@ -247,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, metavar="F.png", help="one picture, or a sheet of several")
     sample.add_argument("--n", type=_whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)")
     sample.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    drawing.add_flags(sample)
 
     evaluate = command("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")
     _add_run(evaluate)

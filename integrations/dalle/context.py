@@ -115,9 +115,9 @@ class Context:
         """The type that products are computed in."""
         return _DTYPES[self.precision]
 
-    def rng(self, stage: int, step: int) -> np.random.Generator:
-        """The generator of this rank's batch at ``step``: a pure function of seed, stage, rank and step."""
-        return np.random.default_rng([self.seed, stage, self.rank, step])
+    def rng(self, stage: int, step: int, chunk: int = 0) -> np.random.Generator:
+        """The generator of a part of the batch at ``step``: a pure function of seed, stage, step and the part."""
+        return np.random.default_rng([self.seed, stage, step, chunk])
 
     def part(self, stage: int, step: int, batch: int) -> Part:
         """This rank's part of the global batch of ``batch`` pictures at ``step``."""

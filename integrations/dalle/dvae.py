@@ -1,22 +1,9 @@
-"""A relaxed categorical VAE: pictures become grids of discrete tokens and come back (DALL-E, section 2.1, A.2, A.3).
+"""A small discrete VAE for small pictures: all work is done at the resolution of the grid.
 
-Every cell of the grid has a categorical distribution over ``K`` codes. In training it is relaxed: Gumbel noise is
-added to the logits and the softmax at temperature tau is handed to the decoder, soft in both directions. Tokens are
-the argmax of the logits without noise. The first convolution of the decoder is 1 x 1: its weights are the codebook.
-
-All work is done at the resolution of the grid: a patch of pixels is folded into channels on the way in and unfolded
-on the way out. The kernels of the residual blocks decide how far a token sees (``encoder_kernels``) and how far it
-acts (``decoder_kernels``); with 1 x 1 kernels in the encoder a token is a function of its own patch alone.
-
-=========  =========================================================
-symbol     meaning
-=========  =========================================================
-B          pictures in a batch
-S, g, p    side of a picture, side of the token grid, p = S / g
-K          codes
-q          softmax of the logits, (B, K, g, g)
-tau, beta  temperature of the relaxation, weight of the KL divergence
-=========  =========================================================
+A patch of pixels is folded into channels on the way in and unfolded on the way out. The kernels of the residual blocks
+decide how far a token sees (``encoder_kernels``) and how far it acts (``decoder_kernels``); with 1 x 1 kernels in the
+encoder a token is a function of its own patch alone. The first convolution of the decoder is 1 x 1: its weights are the
+codebook. The loss, and all else that does not depend on the networks, is in ``relaxed``.
 """
 
 import math
@@ -31,9 +18,7 @@ from torch import Tensor, nn
 from distopt.errors import SettingError
 
 from .kmeans import kmeans
-
-LAPLACE_MARGIN = 0.1
-"""Pixels are squeezed into [0.1, 0.9] before the logit, A.3: the density has no mass at 0 and 1."""
+from .relaxed import RelaxedVAE, run_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,25 +97,8 @@ class ResidualBlock(nn.Module):
         return x + self.widen(F.relu(self.narrow(F.relu(x))))
 
 
-@dataclass(frozen=True)
-class DVAELoss:
-    """The terms of the loss, each a 0-dimensional tensor.
-
-    Args:
-        total: what is minimised.
-        reconstruction: mean over sub-pixels of the (weighted) negative log-likelihood, or squared error.
-        kl: mean over cells of KL(q || uniform), in nats, at most ln K.
-        idle: ln K minus the entropy of the batch's mean q, in nats: 0 when all codes are used equally.
-    """
-
-    total: Tensor
-    reconstruction: Tensor
-    kl: Tensor
-    idle: Tensor
-
-
-class DVAE(nn.Module):
-    """The relaxed categorical VAE.
+class DVAE(RelaxedVAE):
+    """The relaxed categorical VAE of this shape.
 
     Args:
         settings: its shape.
@@ -142,9 +110,10 @@ class DVAE(nn.Module):
         (torch.Size([3, 4]), torch.Size([3, 3, 8, 8]))
     """
 
+    settings: DVAESettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, settings: DVAESettings) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         s, subpixels = settings, 3 * settings.patch**2
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(s.patch),
@@ -169,69 +138,15 @@ class DVAE(nn.Module):
 
     def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Logits ``(B, K, g, g)`` of the codes; ``pictures``: ``(B, 3, S, S)`` in [0, 1]; ``dtype`` as for ``loss``."""
-        return self.to_logits(_run(self.encoder, pictures * 2 - 1, dtype))
+        return self.to_logits(run_in(self.encoder, pictures * 2 - 1, dtype))
 
-    @torch.no_grad()
-    def tokenize(self, pictures: Tensor) -> Tensor:
-        """Turn ``(B, 3, S, S)`` in [0, 1] into tokens ``(B, g * g)`` int64, row by row: the argmax, no noise."""
-        return self.encode(pictures).argmax(1).flatten(1)
+    def render(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The likelihood's parameters, see ``RelaxedVAE``."""
+        return run_in(self.decoder, self.from_codes(z), dtype)
 
-    @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Turn tokens ``(B, g * g)`` into pictures ``(B, 3, S, S)`` in [0, 1]."""
-        grid = tokens.reshape(-1, self.settings.grid, self.settings.grid)
-        z = F.one_hot(grid, self.settings.codes).permute(0, 3, 1, 2).to(self.from_codes.weight.dtype)
-        return self._view(self.decoder(self.from_codes(z)))
-
-    def forward(self, pictures: Tensor, **weights: object) -> DVAELoss:
-        """The loss: DistributedDataParallel synchronises only what goes through here. See ``loss``."""
-        return self.loss(pictures, **weights)  # pyright: ignore[reportArgumentType]
-
-    def loss(
-        self,
-        pictures: Tensor,
-        *,
-        tau: float,
-        beta: float = 0.0,
-        usage: float = 0.0,
-        edges: float = 0.0,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> DVAELoss:
-        """The negative evidence bound of the relaxed model, per sub-pixel.
-
-        With P = 3 S S sub-pixels a picture, ``total = reconstruction + beta g g / P * kl + usage * idle``: all terms
-        are means, so repeating every picture of a batch changes nothing. The KL divergence is that of the plain
-        categorical q, whatever tau is.
-
-        Args:
-            pictures: ``(B, 3, S, S)`` in [0, 1].
-            tau: temperature, above 0.
-            beta: weight of the KL divergence; 1 is the bound itself.
-            usage: weight of ``idle``, a push towards using all codes; not part of the bound.
-            edges: a pixel whose channels differ from a neighbour's by up to 1 weighs up to ``1 + edges``; weights
-                have mean 1 in each picture.
-            generator: draws the Gumbel noise; ``None`` takes torch's own.
-            dtype: what the convolutions run in, but for those that give logits and take codes (as in DALL-E).
-
-        Returns:
-            The total and its terms.
-        """
-        logits = self.encode(pictures, dtype)
-        z = ((logits + gumbel(logits, generator)) / tau).softmax(1)
-        errors = self._negative_log_likelihood(_run(self.decoder, self.from_codes(z), dtype), pictures)
-        if edges:
-            errors = errors * edge_weights(pictures, edges)
-        log_q = logits.log_softmax(1)
-        q = log_q.exp()
-        mean_q = q.mean((0, 2, 3))
-        most = math.log(self.settings.codes)
-        kl = most + (q * log_q).sum(1).mean()
-        idle = most + torch.xlogy(mean_q, mean_q.clamp_min(torch.finfo(q.dtype).tiny)).sum()
-        reconstruction = errors.mean()
-        per_subpixel = self.settings.tokens / (3 * self.settings.size**2)
-        total = reconstruction + beta * per_subpixel * kl + usage * idle
-        return DVAELoss(total, reconstruction.detach(), kl.detach(), idle.detach())
+    def units(self) -> list[nn.Module]:
+        """Its residual blocks, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     @torch.no_grad()
     def fit_codes(self, pictures: Tensor, generator: torch.Generator) -> None:
@@ -250,64 +165,6 @@ class DVAE(nn.Module):
         self.to_logits.bias.copy_(-scale * centres.square().sum(1))  # pyright: ignore[reportOptionalMemberAccess]
         spread = (centres - centres.mean(0)).square().mean().sqrt().clamp_min(1e-6)
         self.from_codes.weight.copy_(((centres - centres.mean(0)) / spread).T[:, :, None, None])
-
-    def _negative_log_likelihood(self, outputs: Tensor, pictures: Tensor) -> Tensor:
-        if self.settings.likelihood == "mse":
-            return (outputs * 0.5 + 0.5 - pictures).square()
-        means, log_scales = outputs.chunk(2, dim=1)
-        return logit_laplace(pictures, means, log_scales.clamp_min(self.settings.log_scale_floor))
-
-    def _view(self, outputs: Tensor) -> Tensor:
-        if self.settings.likelihood == "mse":
-            return (outputs * 0.5 + 0.5).clamp(0, 1)
-        means = outputs.chunk(2, dim=1)[0]
-        return ((means.sigmoid() - LAPLACE_MARGIN) / (1 - 2 * LAPLACE_MARGIN)).clamp(0, 1)
-
-
-def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise of the shape, dtype and device of ``like``."""
-    uniform = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-    # torch.rand can give exactly 0, and never 1: without the clamp -log(-log(0)) is minus infinity.
-    return uniform.clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_().log_().neg_()
-
-
-def logit_laplace(pictures: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Negative log-density of the sigmoid of a Laplace variable (A.3), at pictures squeezed into [0.1, 0.9].
-
-    Args:
-        pictures: in [0, 1].
-        means: of the Laplace variable, same shape.
-        log_scales: logarithm of its width b, same shape.
-
-    Returns:
-        In nats, one value a sub-pixel.
-    """
-    x = (1 - 2 * LAPLACE_MARGIN) * pictures + LAPLACE_MARGIN
-    distance = (x.logit() - means).abs() * (-log_scales).exp()
-    return distance + log_scales + math.log(2) + x.log() + (1 - x).log()
-
-
-def edge_weights(pictures: Tensor, edges: float) -> Tensor:
-    """Weights ``(B, 1, S, S)`` with mean 1 in each picture, larger where neighbouring pixels differ.
-
-    Args:
-        pictures: ``(B, 3, S, S)`` in [0, 1].
-        edges: how much more a step of 1 in some channel weighs than flat colour.
-    """
-    rows = (pictures[:, :, 1:] - pictures[:, :, :-1]).abs().amax(1, keepdim=True)
-    columns = (pictures[..., 1:] - pictures[..., :-1]).abs().amax(1, keepdim=True)
-    vertical = F.pad(rows, (0, 0, 0, 1)).maximum(F.pad(rows, (0, 0, 1, 0)))
-    horizontal = F.pad(columns, (0, 1)).maximum(F.pad(columns, (1, 0)))
-    weights = 1 + edges * vertical.maximum(horizontal)
-    return weights / weights.mean((2, 3), keepdim=True)
-
-
-def _run(part: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Run a part of the network with convolutions in ``dtype``; what it gives has the type of ``x``."""
-    if dtype == torch.float32:
-        return part(x)
-    with torch.autocast(x.device.type, dtype):
-        return part(x).to(x.dtype)
 
 
 def _convolution(inputs: int, outputs: int, kernel: int = 1, gain: float = 1.0) -> nn.Conv2d:

@@ -1,38 +1,56 @@
 """Draws pictures for a caption with a finished run."""
 
+import dataclasses
 import math
 from pathlib import Path
 
 import torch
 
 from . import sheets
+from .drawing import Request, Top
 from .model import Model
 from .ranks import single_thread
 from .runs import Run
+from .scenes import to_tensor
 
 _COLUMNS = 8
 
 
-def write_samples(run: Run, caption: str, out: Path, *, n: int, seed: int, device: str) -> None:
-    """Write ``n`` samples for a caption as PNG: one picture alone, or a sheet of several.
+def write_samples(run: Run, request: Request, out: Path, *, device: str) -> None:
+    """Write samples for a caption as PNG: one picture alone, or a sheet of several.
 
     Args:
         run: a finished run.
-        caption: what to draw.
+        request: what to draw, and how.
         out: the file; its folder must exist.
-        n: how many samples.
-        seed: decides the samples.
         device: where to compute.
 
     Raises:
         InputError: the run's files are damaged.
     """
     single_thread()
-    pictures = Model.load(run, torch.device(device)).draw([caption] * n, seed)
-    if n == 1:
+    model = Model.load(run, torch.device(device))
+    model = dataclasses.replace(model, sampling=dataclasses.replace(model.sampling, **request.sampling))
+    codes = None if request.top is None else top_codes(model, request.top)
+    pictures = model.draw([request.caption] * request.n, request.seed, codes)
+    if request.n == 1:
         sheets.draw_picture(out, pictures[0])
         return
-    section = sheets.Section(caption, f"{n} samples, seed {seed}", [sheets.Cell([picture]) for picture in pictures])
+    note = f"{request.n} samples, seed {request.seed}"
+    if request.top is not None:
+        note += f", the upper {request.top.rows} of {model.transformer.settings.grid} rows of tokens given"
+    section = sheets.Section(request.caption, note, [sheets.Cell([picture]) for picture in pictures])
     # Rows of equal length where that is possible: ten samples make two rows of five.
-    rows = math.ceil(n / _COLUMNS)
-    sheets.draw_sheet(out, [section], columns=math.ceil(n / rows))
+    rows = math.ceil(request.n / _COLUMNS)
+    sheets.draw_sheet(out, [section], columns=math.ceil(request.n / rows))
+
+
+@torch.no_grad()
+def top_codes(model: Model, top: Top) -> torch.Tensor:
+    """Tokenise the top of a picture.
+
+    Returns:
+        int64 ``(rows * g,)`` on the model's device.
+    """
+    codes = model.dvae.tokenize(to_tensor(top.picture[None].copy()).to(model.transformer.start.device))
+    return codes[0, : top.rows * model.transformer.settings.grid]

@@ -38,19 +38,30 @@ def generate(
     settings: SamplingSettings,
     generator: torch.Generator,
     batch: int = 256,
+    prompt: Tensor | None = None,
 ) -> Tensor:
     """Draw one picture for each caption.
+
+    Args:
+        transformer: draws the codes.
+        dvae: decodes them.
+        tokenizer: encodes the captions.
+        captions: any texts.
+        settings: how codes are drawn.
+        generator: decides the samples; on the device of both networks.
+        batch: captions at a time.
+        prompt: ``(n,)`` int64, the first codes of every picture, if they are given.
 
     Returns:
         ``(len(captions), 3, H, W)`` float32 in [0, 1] on the CPU.
     """
     text = tokenizer.encode(captions, transformer.settings.text_length)
-    pictures = [
-        dvae.decode(
-            sample(transformer, part.to(generator.device), generator=generator, **dataclasses.asdict(settings))
-        ).cpu()
-        for part in text.split(batch)
-    ]
+    options = dataclasses.asdict(settings)
+    pictures = []
+    for part in text.split(batch):
+        given = None if prompt is None else prompt.expand(len(part), -1)
+        codes = sample(transformer, part.to(generator.device), prompt=given, generator=generator, **options)
+        pictures.append(dvae.decode(codes).cpu())
     return torch.cat(pictures)
 
 

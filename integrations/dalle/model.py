@@ -30,18 +30,20 @@ class Model:
     tokenizer: Tokenizer
     sampling: SamplingSettings
 
-    def draw(self, captions: Sequence[str], seed: int) -> np.ndarray:
+    def draw(self, captions: Sequence[str], seed: int, top: torch.Tensor | None = None) -> np.ndarray:
         """Draw one free sample for each caption.
 
         Args:
             captions: any texts; what the tokenizer never saw is unknown to it.
             seed: decides the samples.
+            top: ``(n,)`` int64, the first n codes of every picture, in raster order; ``None`` draws all codes.
 
         Returns:
             uint8 ``(len(captions), size, size, 3)``.
         """
         generator = torch.Generator(self.transformer.start.device).manual_seed(seed)
-        return to_uint8(generate(self.transformer, self.dvae, self.tokenizer, captions, self.sampling, generator))
+        networks = (self.transformer, self.dvae, self.tokenizer)
+        return to_uint8(generate(*networks, captions, self.sampling, generator, prompt=top))
 
     def save(self, folder: Path, kind: str, more: Mapping[str, Any]) -> None:
         """Write the model into a run's folder; the settings come last and make it a finished run.

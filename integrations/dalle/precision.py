@@ -102,20 +102,18 @@ class Stepper:
         """Steps, and the scales after them by name; noted some two hundred times in a run."""
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which forward runs."""
+        """The context in which forward and backward run."""
         emulated = self._context.precision != "fp32" and self._context.device.type == "cpu"
         return emulated_16bit() if emulated else contextlib.nullcontext()
 
-    def step(self, loss: Tensor, learning_rate: float) -> bool:
-        """Run backward and let the optimizer step.
+    def step(self, learning_rate: float) -> bool:
+        """Let the optimizer step, after backward.
 
         Returns:
             Whether it did. It skips a step in which a scaled gradient is not finite, on all ranks alike.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        with self.products():
-            self._scaler.scale(loss).backward()
         self._scaler.unscale_(self._optimizer)
         nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._scaler.step(self._optimizer)

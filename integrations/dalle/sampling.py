@@ -1,4 +1,8 @@
-"""Draws image codes for captions, one position at a time, with the keys and values of earlier positions kept."""
+"""Draws image codes for captions, one position at a time, with the keys and values of earlier positions kept.
+
+Source: Ramesh et al. 2021, section 2.2 and figure 2 (temperature, completion of a given top of a picture). Guidance is
+of a later time: Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022.
+"""
 
 import dataclasses
 
@@ -7,8 +11,9 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
+from .cache import Cache
 from .text import PAD
-from .transformer import Cache, Transformer
+from .transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +30,7 @@ class SamplingSettings:
     guidance: float = 1.5
 
     def __post_init__(self) -> None:
-        _check(self.temperature, self.top_k, self.top_p)
-        if not 0 <= self.guidance < float("inf"):
-            raise SettingError("guidance", self.guidance, "a finite number of at least 0")
+        _check(self.temperature, self.top_k, self.top_p, self.guidance)
 
 
 def filter_logits(logits: Tensor, *, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -73,6 +76,7 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
     guidance: float = 1.0,
+    prompt: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw one picture's codes for each caption.
@@ -85,36 +89,61 @@ def sample(
         top_p: see ``filter_logits``.
         guidance: s in ``u + s (c - u)`` with the logits c under the caption and u under an empty one; 1 is plain
             sampling. Others need a model that was trained with captions dropped, and twice the time.
+        prompt: ``(B, n)`` int64, the first n codes of each picture in raster order, with n up to G; they are kept, and
+            the rest is drawn after them. ``None`` draws all.
         generator: on the device of ``text``; decides every draw.
 
     Returns:
-        ``(B, G)`` int64.
+        ``(B, G)`` int64, a tensor of its own.
 
     Raises:
-        SettingError: where a value is out of its range.
+        SettingError: where a value is out of its range, or the prompt is not of the model's codes.
+
+    Example:
+        >>> from .transformer import TransformerSettings
+        >>> settings = TransformerSettings(text_vocabulary=9, text_length=4, codes=8, grid=2, width=16, heads=2)
+        >>> text, top = torch.tensor([[1, 2, 3, PAD]]), torch.tensor([[5, 7]])
+        >>> sample(Transformer(settings).eval(), text, prompt=top)[:, :2]
+        tensor([[5, 7]])
     """
-    _check(temperature, top_k, top_p)
-    captions = len(text)
-    if guidance != 1.0:
-        text = torch.cat([text, torch.full_like(text, PAD)])
+    _check(temperature, top_k, top_p, guidance)
+    captions, guided = len(text), guidance != 1
+    codes = text.new_empty(captions, 0) if prompt is None else _checked(prompt, captions, transformer)
+    if guided:
+        text, codes = torch.cat([text, torch.full_like(text, PAD)]), torch.cat([codes, codes])
+    known = codes.shape[1]
     cache = Cache()
-    codes = torch.empty(len(text), 0, dtype=torch.int64, device=text.device)
-    transformer.hidden(transformer.embed_text(text), cache)
-    for slot in range(transformer.settings.image_length):
+    first = transformer.embed_text(text)
+    if known:
+        first = torch.cat([first, transformer.embed_image(codes, slice(0, known))], dim=1)
+    transformer.hidden(first, cache)
+    for slot in range(known, transformer.settings.image_length):
         hidden = transformer.hidden(transformer.embed_image(codes, slice(slot, slot + 1)), cache)
         logits = transformer.image_logits(hidden[:, -1])
-        if guidance != 1.0:
+        if guided:
             under, empty = logits.split(captions)
             logits = empty + guidance * (under - empty)
         probability = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
         drawn = torch.multinomial(probability, 1, generator=generator)
-        codes = torch.cat([codes, drawn if guidance == 1.0 else torch.cat([drawn, drawn])], dim=1)
-    return codes[:captions]
+        codes = torch.cat([codes, torch.cat([drawn, drawn]) if guided else drawn], dim=1)
+    return codes[:captions].clone()
 
 
-def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not temperature >= 0:
-        raise SettingError("temperature", temperature, "at least 0")
+def _checked(prompt: Tensor, captions: int, transformer: Transformer) -> Tensor:
+    """The prompt, if it can be one."""
+    codes, most = transformer.settings.codes, transformer.settings.image_length
+    if prompt.ndim != 2 or len(prompt) != captions or prompt.shape[1] > most:
+        raise SettingError("prompt", f"of shape {tuple(prompt.shape)}", f"of shape ({captions}, n) with n up to {most}")
+    if prompt.dtype != torch.int64 or (prompt.numel() and not 0 <= prompt.min() <= prompt.max() < codes):
+        raise SettingError("prompt", prompt, f"whole numbers (int64) from 0 to {codes - 1}")
+    return prompt
+
+
+def _check(temperature: float, top_k: int | None, top_p: float | None, guidance: float = 1.0) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise SettingError("temperature", temperature, "a finite number of at least 0")
+    if not 0 <= guidance < float("inf"):
+        raise SettingError("guidance", guidance, "a finite number of at least 0")
     if top_k is not None and top_k < 1:
         raise SettingError("top_k", top_k, "at least 1, or None for all codes")
     if top_p is not None and not 0 < top_p <= 1:

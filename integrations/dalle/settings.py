@@ -19,6 +19,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
 KINDS = ("auto", "folder", "coco", "tsv", "webdataset")
 READING = ("auto", "memory", "stream")
+DEMOS = ("demo", "small")
+ATTENTIONS = ("full", "paper")
+ACTIVATIONS = ("relu", "gelu")
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 """Files of settings that are installed with the package, by name."""
 _T = TypeVar("_T")
@@ -60,6 +63,13 @@ class Stage2Options:
     heads: int = _number(4, 1, 256, "attention heads; they divide the width")
     vocabulary: int = _number(1024, 2, 65_536, "text tokens, at most")
     text_length: int = _number(32, 1, 1024, "text tokens of a caption, at most; what is longer is cut")
+    attention: str = _choice("full", ATTENTIONS, "to all that came before, or by rows, columns and a last convolution")
+    kernel: int = _number(11, 1, 63, "side of the square that the convolution sees, an odd number")
+    activation: str = _choice("relu", ACTIVATIONS, "of the MLP")
+    code_width: int = _number(64, 0, 8192, "features of a code's vector; 0 embeds codes at the full width")
+    fixed_codes: bool = True
+    """Leave the codes' vectors as they start, from what each code looks like."""
+    neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,7 @@ class SamplingOptions:
     temperature: float = _number(1.0, 0.01, 10.0, "below 1 prefers likely tokens")
     top_k: int | None = _number(None, 1, 65_536, "draw from the k likeliest tokens only")
     top_p: float | None = _number(None, 1e-6, 1.0, "draw from the likeliest tokens that have this probability together")
+    guidance: float | None = _number(None, 0.0, 100.0, "how much more the caption counts; 1 is plain sampling")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +170,10 @@ class TrainSettings:
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
+        if self.stage2.kernel % 2 == 0:
+            raise SettingError("stage2.kernel", self.stage2.kernel, "an odd number")
+        if self.stage2.neighbours and not self.stage2.code_width:
+            raise SettingError("stage2.neighbours", self.stage2.neighbours, "0 where stage2.code_width is 0")
         if self.communication.separate and width % self.shard:
             raise SettingError(
                 "stage2.width", width, f"a multiple of shard, which is {self.shard}, for separate = true"
@@ -170,11 +185,12 @@ class DemoSettings:
     """What ``distopt-dalle demo`` can be told; all else is fixed, so that its scores mean something.
 
     Args:
+        preset: "demo", ten minutes on two cores, or "small", an hour at most.
         seed: decides initial weights, batches and samples; the task itself is always the same.
-        steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the published demo.
+        steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the preset.
         steps_2: the same for stage 2.
         reducer: "powersgd" or "allreduce".
-        rank: of PowerSGD; ``None`` is the demo's own.
+        rank: of PowerSGD; ``None`` is the preset's own.
         precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
         shard: as for ``TrainSettings``.
         n: captions scored in each split.
@@ -183,6 +199,7 @@ class DemoSettings:
         SettingError: a value is of the wrong type or out of range.
     """
 
+    preset: str = _choice("demo", DEMOS, "how long to train")
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
     steps_1: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 1")
     steps_2: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 2")

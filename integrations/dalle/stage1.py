@@ -9,8 +9,9 @@ A short run needs other constants than the paper's three million updates; measur
 * errors at edges weigh more, since flat colour is most of a picture and is learned at once;
 * a falling push towards equal use of the codes replaces what the KL term does at scale.
 
-All that makes the training distributed is ``context.distribute``; a batch is a pure function of seed, rank
-and step. A tokenizer is judged by what its argmax tokens bring back (``evaluate_tokenizer``), never by its loss.
+All that makes the training distributed is ``context.distribute`` and ``distopt.accumulate``; a batch is a pure function
+of seed and step, see ``batches``. A tokenizer is judged by what its argmax tokens bring back (``evaluate_tokenizer``),
+never by its loss.
 """
 
 import copy
@@ -21,13 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import distopt
 from distopt.errors import SettingError
 
 from .averaging import Averaged
+from .batches import chunks
 from .context import Context, Source, StageResult, distribute
-from .dvae import DVAE, DVAESettings, ResidualBlock
+from .dvae import DVAE, DVAESettings
 from .precision import LossScaler, Stepper, adamw
+from .relaxed import gumbel
 from .scenes import Scenes, to_tensor, to_uint8
 from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
 from .scorer import matches_all
@@ -136,22 +141,21 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
     dvae = _start(source, model, settings, context)
     whole = copy.deepcopy(dvae).to("meta")
     scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
-    blocks = [module for module in dvae.modules() if isinstance(module, ResidualBlock)]
-    trained, registration = distribute(dvae, context, blocks, grad_scaler=scaler)
+    trained, registration = distribute(dvae, context, dvae.units(), grad_scaler=scaler)
     averaged = Averaged(dvae)
     rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
     optimizer = adamw(dvae.named_parameters(), context, **rules)
     stepper = Stepper(dvae.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
     curve: list[tuple[int, float]] = []
     trained.train()
-    for step in range(settings.steps):
-        rng = context.rng(STAGE, step)
-        pictures = source.pictures(settings.batch // context.world_size, rng).to(context.device)
-        noise = torch.Generator(context.device).manual_seed(int(rng.integers(2**63)))
+    loader = (_batch(source, model, settings, context, step) for step in range(settings.steps))
+    for step, window in enumerate(distopt.accumulate(loader, trained, steps=1)):
         weights = settings.weights_at(step)
-        with stepper.products():
-            loss = trained(pictures, **weights, generator=noise, dtype=context.dtype)
-        if stepper.step(loss.total, settings.learning_rate_at(step)):
+        for pictures, noise in window:
+            with stepper.products():
+                loss = trained(pictures, **weights, noise=noise, dtype=context.dtype)
+                window.backward(scaler.scale(loss.total * len(pictures)))
+        if stepper.step(settings.learning_rate_at(step)):
             averaged.move(_weight_of_last(stepper.taken - 1, settings))
         curve.append((step, loss.total.item()))
         values = {name: value.item() for name, value in vars(loss).items() if name != "total"}
@@ -216,6 +220,19 @@ def _start(source: Source, model: DVAESettings, settings: Stage1Settings, contex
     # On the CPU whatever the device is: k-means must not depend on it.
     dvae.fit_codes(source.pictures(settings.start, rng), torch.Generator().manual_seed(int(rng.integers(2**63))))
     return dvae.to(context.device)
+
+
+def _batch(
+    source: Source, model: DVAESettings, settings: Stage1Settings, context: Context, step: int
+) -> tuple[Tensor, Tensor]:
+    """This rank's pictures of ``step``, and the Gumbel noise of their logits."""
+    pictures, noises = [], []
+    for chunk in chunks(context, STAGE, step, settings.batch):
+        pictures.append(source.pictures(chunk.rows, chunk.rng)[chunk.kept])
+        generator = torch.Generator(context.device).manual_seed(int(chunk.rng.integers(2**63)))
+        logits = torch.empty(chunk.rows, model.codes, model.grid, model.grid, device=context.device)
+        noises.append(gumbel(logits, generator)[chunk.kept])
+    return torch.cat(pictures).to(context.device), torch.cat(noises)
 
 
 def _reached(done: float, fraction: float) -> float:

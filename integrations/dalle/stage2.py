@@ -1,7 +1,8 @@
 """Stage 2: trains the transformer on captions and argmax tokens of their pictures.
 
 Every picture is tokenised on the fly by the frozen dVAE. All that makes the training distributed is
-``context.distribute``; a batch is a pure function of seed, rank and step.
+``context.distribute`` and ``distopt.accumulate``, which divides the loss of text by the text tokens of all ranks. A
+batch is a pure function of seed and step, see ``batches``.
 
 Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, section 2.2 and appendix B.2 (AdamW with betas 0.9
 and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % BPE dropout).
@@ -20,6 +21,7 @@ import distopt
 from distopt.errors import SettingError
 
 from .averaging import Averaged
+from .batches import chunks
 from .codes import Codec, code_vectors
 from .context import Context, Source, StageResult, distribute
 from .precision import LossScaler, Scaler, Stepper, adamw
@@ -53,13 +55,13 @@ class Stage2Settings(StageSettings):
         SettingError: where a value is out of its range.
     """
 
-    steps: int = 5400
+    steps: int = 4000
     batch: int = 32
     learning_rate: float = 4e-3
     warmup: float = 0.05
     final_learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.96)
-    weight_decay: float = 0.045
+    weight_decay: float = 0.5
     clip: float = 1.0
     averaging: float = 0.05
     bpe_dropout: float = 0.1
@@ -111,14 +113,17 @@ def train_transformer(
     stepper = Stepper(transformer.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
     curve: list[tuple[int, float]] = []
     trained.train()
-    for step in range(settings.steps):
-        text, image = _batch(source, dvae, tokenizer, model, settings, context, step)
-        with stepper.products():
-            losses = trained(text, image)
-            loss = losses.total()
-        if stepper.step(loss, settings.learning_rate_at(step)):
+    loader = (_batch(source, dvae, tokenizer, model, settings, context, step) for step in range(settings.steps))
+    for step, window in enumerate(distopt.accumulate(loader, trained, steps=1, weight=_weight)):
+        for text, image in window:
+            count = _weight((text, image))
+            with stepper.products():
+                losses = trained(text, image)
+                sums = {"text": losses.text * count["text"] / 8, "image": losses.image * count["image"] * (7 / 8)}
+                window.backward({kind: scaler.scale(part) for kind, part in sums.items()})
+        if stepper.step(settings.learning_rate_at(step)):
             averaged.move(_weight_of_last(stepper.taken - 1, settings))
-        curve.append((step, loss.item()))
+        curve.append((step, losses.total().item()))
         values = {"loss": curve[-1][1], "text": losses.text.item(), "image": losses.image.item()}
         values["learning_rate"] = settings.learning_rate_at(step)
         context.log(step + 1, settings.steps, {**values, **stepper.values()})
@@ -182,18 +187,26 @@ def _batch(
     step: int,
 ) -> tuple[Tensor, Tensor]:
     """This rank's text and image tokens of ``step``."""
-    rng = context.rng(STAGE, step)
-    share = settings.batch // context.world_size
-    # A fraction of a picture is left to chance.
-    silent = int(settings.uncaptioned * share + rng.random())
-    captions, pictures = source.pairs(share - silent, rng)
-    text = tokenizer.encode(captions, model.text_length, rng=rng, dropout=settings.bpe_dropout)
-    if silent:
-        text = F.pad(text, (0, 0, 0, silent), value=PAD)
-        pictures = torch.cat([pictures, source.pictures(silent, rng)])
+    texts, pictures = [], []
+    for chunk in chunks(context, STAGE, step, settings.batch):
+        # A fraction of a picture is left to chance.
+        silent = int(settings.uncaptioned * chunk.rows + chunk.rng.random())
+        captions, drawn = source.pairs(chunk.rows - silent, chunk.rng)
+        text = tokenizer.encode(captions, model.text_length, rng=chunk.rng, dropout=settings.bpe_dropout)
+        if silent:
+            text = F.pad(text, (0, 0, 0, silent), value=PAD)
+            drawn = torch.cat([drawn, source.pictures(silent, chunk.rng)])
+        texts.append(text[chunk.kept])
+        pictures.append(drawn[chunk.kept])
     with torch.no_grad():
-        image = dvae.tokenize(pictures.to(context.device))
-    return text.to(context.device), image
+        image = dvae.tokenize(torch.cat(pictures).to(context.device))
+    return torch.cat(texts).to(context.device), image
+
+
+def _weight(batch: tuple[Tensor, Tensor]) -> dict[str, int]:
+    """How many tokens of each kind a batch has."""
+    text, image = batch
+    return {"text": int((text != PAD).sum()), "image": image.numel()}
 
 
 def _weight_of_last(step: int, settings: Stage2Settings) -> float:

@@ -123,7 +123,8 @@ def recipe_of(settings: TrainSettings) -> Recipe:
     one, two = _given(settings.stage1), _given(settings.stage2)
     codes = {"codes": one.pop("codes")} if "codes" in one else {}
     grid = settings.size // one.pop("patch")
-    shape = {name: two.pop(name) for name in ("width", "layers", "heads") if name in two}
+    names = ("width", "layers", "heads", "attention", "kernel", "activation", "code_width", "neighbours", "fixed_codes")
+    shape = {name: two.pop(name) for name in names if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)

@@ -2,7 +2,7 @@
 
 The stream is ``start, text (T), image (G)``; what stands at a position predicts the next token, so the last text
 position predicts nothing, and image slot i is fed at position ``T + 1 + i`` with the tokens before it. Attention is
-causal, and pads are attended to.
+causal, and pads are attended to; ``attention.py`` has the paper's masks.
 
 =========  ====================================================================================
 symbol     meaning
@@ -14,10 +14,11 @@ V, K       text tokens, image codes
 C          width of a code's vector
 =========  ====================================================================================
 
-Three departures from the paper make a small model learn fast. A code's vector starts, in and out, from what the code
-looks like (``codes.code_vectors``), so that codes that look alike share what is learned, and a code in a place that no
-caption ever named is not a stranger. A slot is also fed the three codes above it, which are earlier in the raster. The
-activation is a ReLU, for its price on a CPU.
+Four departures from the paper are what the defaults have, for they make a small model learn fast. A code's vector is,
+in and out, what the code looks like, form and colour apart (``codes.code_vectors``), and stays so: codes that look
+alike share what is learned, and a form is drawn in a colour that no caption ever gave it. A slot is also fed the three
+codes above it, which are earlier in the raster. The activation is a ReLU, for its price on a CPU. Every layer attends
+to all that came before. The presets of the paper's sizes have none of them.
 
 Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, section 2.2 and appendix B.1.
 """
@@ -31,10 +32,15 @@ from torch.nn import functional as F
 
 from distopt.errors import SettingError
 
+from .attention import Pattern, layer_kinds
+from .cache import Cache
+from .settings import ACTIVATIONS, ATTENTIONS
+from .sparse_attention import attend
 from .text import PAD
 
 _NEIGHBOURS = ((-1, 0), (-1, 1), (-1, -1))
 """Codes besides the previous one that a slot is fed, by row and column offset, the most telling first."""
+_CHOICES = {"attention": ATTENTIONS, "activation": ACTIVATIONS}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +56,12 @@ class TransformerSettings:
         layers: residual pairs of attention and MLP.
         heads: attention heads.
         expansion: width of the MLP as a multiple of D.
-        code_width: C, width of a code's vector.
-        neighbours: codes above a slot that are fed to it besides the previous one, 0 to 3.
+        code_width: C, width of a code's vector; 0 embeds codes at the full width D, as the paper does.
+        neighbours: codes above a slot that are fed to it besides the previous one, 0 to 3; 0 where ``code_width`` is.
+        attention: "full", or "paper" for rows, columns and a last convolution.
+        kernel: side of the square that the convolution sees, an odd number; the paper's is 11.
+        activation: of the MLP, "relu" or "gelu"; the paper names none.
+        fixed_codes: leave the codes' vectors as they start, see ``codes.code_vectors``; not where ``code_width`` is 0.
 
     Raises:
         SettingError: where a value is out of its range.
@@ -67,17 +77,30 @@ class TransformerSettings:
     expansion: int = 4
     code_width: int = 64
     neighbours: int = 3
+    attention: str = "full"
+    kernel: int = 11
+    activation: str = "relu"
+    fixed_codes: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            low = 0 if field.name == "neighbours" else 1
             value = getattr(self, field.name)
+            if field.name == "fixed_codes":
+                continue
+            if field.name in _CHOICES:
+                if value not in _CHOICES[field.name]:
+                    raise SettingError(f"TransformerSettings.{field.name}", value, f"one of {_CHOICES[field.name]}")
+                continue
+            low = 0 if field.name in ("neighbours", "code_width") else 1
             if not isinstance(value, int) or value < low:
                 raise SettingError(f"TransformerSettings.{field.name}", value, f"an integer of at least {low}")
+        most = len(_NEIGHBOURS) if self.code_width else 0
+        if self.neighbours > most:
+            raise SettingError("TransformerSettings.neighbours", self.neighbours, f"at most {most}")
         if self.width % self.heads:
             raise SettingError("TransformerSettings.width", self.width, f"a multiple of heads ({self.heads})")
-        if self.neighbours > len(_NEIGHBOURS):
-            raise SettingError("TransformerSettings.neighbours", self.neighbours, f"at most {len(_NEIGHBOURS)}")
+        if self.kernel % 2 == 0:
+            raise SettingError("TransformerSettings.kernel", self.kernel, "an odd number")
 
     @property
     def image_length(self) -> int:
@@ -96,28 +119,16 @@ class Losses(NamedTuple):
         return self.text / 8 + self.image * (7 / 8)
 
 
-class Cache:
-    """Keys and values of the positions seen so far, ``(B, heads, positions, D / heads)`` for each layer."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new positions of one layer and give all of its positions."""
-        if layer in self.layers:
-            old_keys, old_values = self.layers[layer]
-            keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
-        self.layers[layer] = (keys, values)
-        return keys, values
-
-
 class Block(nn.Module):
-    """Causal self-attention and an MLP, each behind a LayerNorm and around a residual."""
+    """Causal self-attention under the layer's mask and an MLP, each behind a LayerNorm and around a residual."""
 
     def __init__(self, settings: TransformerSettings, layer: int) -> None:
         super().__init__()
         width, hidden = settings.width, settings.width * settings.expansion
         self.layer, self.heads = layer, settings.heads
+        kind = layer_kinds(settings.attention, settings.layers)[layer]
+        self.pattern = Pattern(kind, text=1 + settings.text_length, grid=settings.grid, kernel=settings.kernel)
+        self.activation = F.gelu if settings.activation == "gelu" else F.relu
         self.attention_norm = nn.LayerNorm(width)
         self.attention_in = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
@@ -128,16 +139,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """Map ``(B, n, D)`` to ``(B, n, D)``; with a cache, n is the first positions or one next position."""
         x = x + self.attention_out(self._attend(self.attention_in(self.attention_norm(x)), cache))
-        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
+        return x + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x))))
 
     def _attend(self, projected: Tensor, cache: Cache | None) -> Tensor:
         positions = projected.shape[1]
         queries, keys, values = projected.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            keys, values = cache.extend(self.layer, keys, values)
-        if positions not in (1, keys.shape[2]):
-            raise ValueError(f"a filled cache takes one position at a time, got {positions}")
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=positions > 1)
+            keys, values = cache.extend(self.layer, self.pattern, keys, values)
+        if keys.shape[2] == positions:
+            out = attend(queries, keys, values, self.pattern)
+        else:  # the one position after those in the cache, which gave what it sees
+            out = F.scaled_dot_product_attention(queries, keys, values)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -146,7 +158,8 @@ class Transformer(nn.Module):
 
     Args:
         settings: its size.
-        vectors: ``(K, C)``, where the codes' vectors start; ``None`` draws them from a Gaussian.
+        vectors: ``(K, C)``, where the codes' vectors start; ``None`` draws them from a Gaussian. Without effect where
+            ``code_width`` is 0.
 
     Raises:
         SettingError: if ``vectors`` do not have the shape that the settings say.
@@ -166,15 +179,16 @@ class Transformer(nn.Module):
         self.text_embedding = nn.Embedding(settings.text_vocabulary, width)
         self.text_position_embedding = nn.Embedding(settings.text_length, width)
         self.padding_embedding = nn.Embedding(settings.text_length, width)
-        self.code_embedding = nn.Embedding(codes + 1, code_width)  # the last stands for all outside the known grid
-        self.code_projection = nn.Linear((1 + settings.neighbours) * code_width, width)
+        # The last stands for all outside the known grid, and so for the start of the image.
+        self.code_embedding = nn.Embedding(codes + 1, code_width or width)
+        self.code_projection = nn.Linear((1 + settings.neighbours) * code_width, width) if code_width else nn.Identity()
         self.row_embedding = nn.Embedding(settings.grid, width)
         self.column_embedding = nn.Embedding(settings.grid, width)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.layers))
         self.norm = nn.LayerNorm(width)
         self.text_unembedding = nn.Linear(width, settings.text_vocabulary)
-        self.image_unembedding_in = nn.Linear(width, code_width)
-        self.image_unembedding = nn.Linear(code_width, codes)
+        self.image_unembedding_in = nn.Linear(width, code_width) if code_width else nn.Identity()
+        self.image_unembedding = nn.Linear(code_width or width, codes)
         self._sources: Tensor
         # No buffer: DDP would broadcast it before every forward pass.
         self._sources = _sources(settings)
@@ -192,6 +206,12 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention_out.weight", "mlp_out.weight")):
                 weight.mul_((2 * settings.layers) ** -0.5)
+        self.code_embedding.weight[-1].zero_()
+        # Small logits at first: the first steps need not unlearn a guess.
+        self.text_unembedding.weight.mul_(0.1)
+        if not settings.code_width:
+            self.image_unembedding.weight.mul_(0.1)
+            return
         shape = (settings.codes, settings.code_width)
         if vectors is None:
             vectors = torch.randn(shape, device=self.start.device)
@@ -199,11 +219,10 @@ class Transformer(nn.Module):
             raise SettingError("vectors", tuple(vectors.shape), f"of shape (codes, code_width), {shape}")
         unit = vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
         self.code_embedding.weight[:-1].copy_(unit)
-        self.code_embedding.weight[-1].zero_()
         self.image_unembedding.weight.copy_(unit * settings.code_width**-0.5)
-        # Small logits at first: the first steps need not unlearn a guess.
         self.image_unembedding_in.weight.mul_(0.1)
-        self.text_unembedding.weight.mul_(0.1)
+        for vectors_of_codes in (self.code_embedding, self.image_unembedding):
+            vectors_of_codes.weight.requires_grad_(not settings.fixed_codes)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Embed the start and ``text`` ``(B, T)`` int64 with ``PAD``; gives ``(B, 1 + T, D)``."""

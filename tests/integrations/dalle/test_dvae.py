@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from distopt.integrations.dalle.dvae import DVAE, DVAESettings, edge_weights, gumbel, logit_laplace
+from distopt.integrations.dalle.dvae import DVAE, DVAESettings
 from distopt.integrations.dalle.kmeans import kmeans
+from distopt.integrations.dalle.relaxed import edge_weights, gumbel, logit_laplace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ def pictures(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distopt.integrations.dalle.dvae.gumbel", lambda like, generator: torch.zeros_like(like))
+    monkeypatch.setattr("distopt.integrations.dalle.relaxed.gumbel", lambda like, generator: torch.zeros_like(like))
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

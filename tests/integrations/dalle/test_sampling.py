@@ -1,10 +1,14 @@
 """Laws of sampling: the cache changes nothing, filters keep what they say, the generator decides everything."""
 
+import dataclasses
+
 import pytest
 import torch
+from distopt.integrations.dalle.attention import layer_kinds
+from distopt.integrations.dalle.cache import Cache
 from distopt.integrations.dalle.sampling import filter_logits, sample
 from distopt.integrations.dalle.text import PAD
-from distopt.integrations.dalle.transformer import Cache, Transformer, TransformerSettings
+from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,11 +20,19 @@ SETTINGS = TransformerSettings(
 )
 
 
-def build(seed: int = 0) -> Transformer:
+PAPER = dataclasses.replace(SETTINGS, attention="paper", kernel=3, layers=4)
+FAITHFUL = dataclasses.replace(PAPER, code_width=0, neighbours=0, activation="gelu")
+ALL = pytest.mark.parametrize("chosen", [SETTINGS, PAPER, FAITHFUL], ids=["full", "paper", "faithful"])
+
+
+def build(chosen: TransformerSettings = SETTINGS, seed: int = 0) -> Transformer:
     torch.manual_seed(seed)
-    model = Transformer(SETTINGS).eval()
+    model = Transformer(chosen).eval()
     with torch.no_grad():
-        model.image_unembedding_in.weight.mul_(10)  # far from uniform, so that errors would show
+        # Far from uniform, and every branch as large as the stream, so that errors would show.
+        (model.image_unembedding_in if chosen.code_width else model.image_unembedding).weight.mul_(10)
+        for block in model.blocks if chosen.attention == "paper" else ():
+            block.attention_out.weight.mul_(3)
     return model
 
 
@@ -30,18 +42,115 @@ def texts(n: int, seed: int = 1) -> Tensor:
     return text
 
 
-@given(st.integers(0, 1000), st.integers(1, 4))
-@settings(max_examples=20, deadline=None)
+patterns = st.one_of(
+    st.just(("full",) * 2),
+    st.integers(1, 4).map(lambda layers: layer_kinds("paper", layers)),
+    st.lists(st.sampled_from(("full", "row", "column", "conv")), min_size=1, max_size=3).map(tuple),
+)
+
+
+def with_masks(kinds: tuple[str, ...], grid: int, kernel: int) -> Transformer:
+    """A transformer whose layers have the masks that are named."""
+    chosen = dataclasses.replace(PAPER, layers=len(kinds), grid=grid, kernel=kernel)
+    model = build(chosen)
+    for block, kind in zip(model.blocks, kinds, strict=True):
+        block.pattern = dataclasses.replace(block.pattern, kind=kind)
+    return model
+
+
+@given(patterns, st.integers(1, 5), st.sampled_from((1, 3, 5)), st.integers(0, 1000), st.data())
+@settings(max_examples=30, deadline=None)
 @torch.no_grad()
-def test_the_cache_equals_full_recomputation(seed: int, n: int) -> None:
-    model, text = build(), texts(n, seed)
-    image = torch.randint(13, (n, 16), generator=torch.Generator().manual_seed(seed))
+def test_the_cache_equals_full_recomputation(
+    kinds: tuple[str, ...], grid: int, kernel: int, seed: int, data: st.DataObject
+) -> None:
+    model, n = with_masks(kinds, grid, kernel), 2
+    generator = torch.Generator().manual_seed(seed)
+    text, image = texts(n, seed), torch.randint(13, (n, grid * grid), generator=generator)
     _, full = model.logits(text, image)
+    known = data.draw(st.integers(0, grid * grid))
     cache = Cache()
-    model.hidden(model.embed_text(text), cache)
-    for slot in range(16):
+    given = torch.cat([model.embed_text(text), model.embed_image(image[:, :known], slice(0, known))], dim=1)
+    hidden = model.hidden(given, cache)
+    torch.testing.assert_close(model.image_logits(hidden[:, 6:]), full[:, :known], atol=1e-5, rtol=0)
+    for slot in range(known, grid * grid):
         hidden = model.hidden(model.embed_image(image[:, :slot], slice(slot, slot + 1)), cache)
         torch.testing.assert_close(model.image_logits(hidden[:, -1]), full[:, slot], atol=1e-5, rtol=0)
+
+
+def draw_slowly(
+    model: Transformer, text: Tensor, *, guidance: float, prompt: Tensor | None = None, generator: torch.Generator
+) -> Tensor:
+    """Sampling as it is defined: all is computed anew for every code, and nothing is kept."""
+    grid = model.settings.grid
+    codes = torch.zeros(len(text), grid * grid, dtype=torch.int64)
+    known = 0 if prompt is None else prompt.shape[1]
+    if prompt is not None:
+        codes[:, :known] = prompt
+    for slot in range(known, grid * grid):
+        under = model.logits(text, codes)[1][:, slot]
+        empty = model.logits(torch.full_like(text, PAD), codes)[1][:, slot]
+        logits = empty + guidance * (under - empty)
+        codes[:, slot] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return codes
+
+
+@ALL
+@pytest.mark.parametrize(("guidance", "known"), [(1.0, None), (2.5, None), (1.0, 7), (2.5, 7), (0.0, 4), (2.5, 16)])
+@torch.no_grad()
+def test_samples_are_those_of_the_slow_definition(
+    chosen: TransformerSettings, guidance: float, known: int | None
+) -> None:
+    model, text = build(chosen), texts(3)
+    prompt = None if known is None else torch.randint(13, (3, known), generator=torch.Generator().manual_seed(5))
+    fast, slow = (torch.Generator().manual_seed(2) for _ in range(2))
+    drawn = sample(model, text, guidance=guidance, prompt=prompt, generator=fast)
+    assert torch.equal(drawn, draw_slowly(model, text, guidance=guidance, prompt=prompt, generator=slow))
+
+
+@ALL
+def test_guidance_of_1_is_plain_sampling_bit_for_bit(chosen: TransformerSettings) -> None:
+    model, text = build(chosen), texts(6)
+    plain = sample(model, text, generator=torch.Generator().manual_seed(0))
+    for scale in (1, 1.0):
+        assert torch.equal(plain, sample(model, text, guidance=scale, generator=torch.Generator().manual_seed(0)))
+
+
+@given(st.integers(0, 16), st.sampled_from((0.5, 1.0, 3.0)), st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_what_is_given_is_kept_and_nothing_of_the_callers_is_touched(known: int, guidance: float, seed: int) -> None:
+    model, text = build(PAPER), texts(3, seed)
+    prompt = torch.randint(13, (3, known), generator=torch.Generator().manual_seed(seed))
+    text_before, prompt_before = text.clone(), prompt.clone()
+    drawn = sample(model, text, guidance=guidance, prompt=prompt, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(drawn[:, :known], prompt_before)
+    drawn.fill_(0)
+    assert torch.equal(text, text_before)
+    assert torch.equal(prompt, prompt_before)
+
+
+@ALL
+@pytest.mark.parametrize("known", [0, 1, 4, 15, 16])
+def test_a_greedy_sample_continues_itself(chosen: TransformerSettings, known: int) -> None:
+    model, text = build(chosen), texts(4)
+    whole = sample(model, text, temperature=0, guidance=1.7)
+    assert torch.equal(sample(model, text, temperature=0, guidance=1.7, prompt=whole[:, :known]), whole)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        torch.zeros(2, 17, dtype=torch.int64),
+        torch.zeros(3, 4, dtype=torch.int64),
+        torch.zeros(4, dtype=torch.int64),
+        torch.full((2, 4), 13),
+        torch.full((2, 4), -1),
+        torch.zeros(2, 4),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(prompt: Tensor) -> None:
+    with pytest.raises(SettingError, match="prompt is"):
+        sample(build(), texts(2), prompt=prompt)
 
 
 @torch.no_grad()
@@ -106,7 +215,17 @@ def test_filters_keep_the_likely_and_their_proportions(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"guidance": -0.5},
+        {"guidance": float("inf")},
+    ],
 )
 def test_settings_out_of_range_are_named(setting: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=next(iter(setting))):

@@ -72,6 +72,10 @@ def test_a_whole_number_is_a_number():
         ({"stage2": {"steps": 0}}, ["stage2.steps", "0", "from 1"]),
         ({"stage2": {"width": 100, "heads": 3}}, ["stage2.width", "100", "a multiple of stage2.heads, which is 3"]),
         ({"stage2": {"learning_rate": float("inf")}}, ["stage2.learning_rate", "inf"]),
+        ({"stage2": {"kernel": 4}}, ["stage2.kernel", "4", "an odd number"]),
+        ({"stage2": {"code_width": 0}}, ["stage2.neighbours", "3", "0 where stage2.code_width is 0"]),
+        ({"stage2": {"attention": "axial"}}, ["stage2.attention", "'axial'", "one of full, paper"]),
+        ({"sampling": {"guidance": -1}}, ["sampling.guidance", "-1", "from 0 to 100"]),
         ({"communication": {"reducer": "topk"}}, ["communication.reducer", "'topk'", "one of powersgd, allreduce"]),
     ],
 )

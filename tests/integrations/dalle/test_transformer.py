@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from distopt.integrations.dalle import sparse_attention
 from distopt.integrations.dalle.text import PAD
 from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
 from hypothesis import given, settings
@@ -19,7 +20,17 @@ SETTINGS = TransformerSettings(
 )
 
 
-def build(seed: int = 0, **changes: int) -> Transformer:
+FAITHFUL: dict[str, int | str] = {
+    "attention": "paper",
+    "kernel": 3,
+    "code_width": 0,
+    "neighbours": 0,
+    "activation": "gelu",
+}
+"""What the presets of the paper's sizes have."""
+
+
+def build(seed: int = 0, **changes: int | str) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(dataclasses.replace(SETTINGS, **changes)).eval()
 
@@ -32,10 +43,10 @@ def batch(seed: int, n: int = 3) -> tuple[Tensor, Tensor]:
     return text, torch.randint(13, (n, 16), generator=generator)
 
 
-@given(st.integers(0, 15), st.integers(0, 3), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
-def test_an_image_token_changes_only_what_follows(slot: int, neighbours: int, seed: int) -> None:
-    model = build(neighbours=neighbours)
+@given(st.integers(0, 15), st.integers(0, 3), st.sampled_from(("full", "paper")), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_an_image_token_changes_only_what_follows(slot: int, neighbours: int, attention: str, seed: int) -> None:
+    model = build(neighbours=neighbours, attention=attention, kernel=3)
     text, image = batch(seed)
     other = image.clone()
     other[:, slot] = (other[:, slot] + 1) % 13
@@ -46,10 +57,10 @@ def test_an_image_token_changes_only_what_follows(slot: int, neighbours: int, se
         assert not torch.allclose(image_a[:, slot + 1], image_b[:, slot + 1])
 
 
-@given(st.integers(0, 4), st.integers(0, 1000))
+@given(st.integers(0, 4), st.sampled_from(("full", "paper")), st.integers(0, 1000))
 @settings(max_examples=30, deadline=None)
-def test_a_text_token_changes_only_what_follows(position: int, seed: int) -> None:
-    model = build()
+def test_a_text_token_changes_only_what_follows(position: int, attention: str, seed: int) -> None:
+    model = build(attention=attention)
     text, image = batch(seed)
     text[:, position] = 1
     other = text.clone()
@@ -139,15 +150,18 @@ def test_codes_start_at_their_vectors_in_any_unit() -> None:
         Transformer(SETTINGS, vectors[:, :4])
 
 
-def test_unembeddings_can_be_told_by_name() -> None:
+@pytest.mark.parametrize("code_width", [0, 8])
+def test_unembeddings_can_be_told_by_name(code_width: int) -> None:
     vocabularies = {SETTINGS.text_vocabulary, SETTINGS.codes}
-    names = [n for n, m in build().named_modules() if isinstance(m, torch.nn.Linear) and m.out_features in vocabularies]
+    modules = build(code_width=code_width, neighbours=0).named_modules()
+    names = [n for n, m in modules if isinstance(m, torch.nn.Linear) and m.out_features in vocabularies]
     assert len(names) == 2
     assert all("unembed" in name for name in names)
 
 
-def test_it_learns_a_batch_by_heart() -> None:
-    model = build().train()
+@pytest.mark.parametrize("changes", [{}, FAITHFUL], ids=["default", "paper"])
+def test_it_learns_a_batch_by_heart(changes: dict[str, int | str]) -> None:
+    model = build(**changes).train()
     text, image = batch(5, n=4)
     text[:, 0] = torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -161,8 +175,61 @@ def test_it_learns_a_batch_by_heart() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("text_vocabulary", 0), ("grid", 0), ("layers", 1.5), ("width", 30), ("neighbours", -1), ("neighbours", 4)],
+    [
+        ("text_vocabulary", 0),
+        ("grid", 0),
+        ("layers", 1.5),
+        ("width", 30),
+        ("neighbours", -1),
+        ("neighbours", 4),
+        ("kernel", 4),
+        ("code_width", -1),
+        ("attention", "sparse"),
+        ("activation", "tanh"),
+    ],
 )
 def test_settings_out_of_range_are_named(field: str, value: object) -> None:
-    with pytest.raises(SettingError, match=f"TransformerSettings.{field} is {value}"):
+    with pytest.raises(SettingError, match=f"TransformerSettings.{field} is {value!r}"):
         dataclasses.replace(SETTINGS, **{field: value})
+
+
+def test_codes_at_the_full_width_are_embedded_as_words_are() -> None:
+    model = build(**FAITHFUL)
+    assert model.code_embedding.weight.shape == (14, 32)
+    assert model.image_unembedding.weight.shape == (13, 32)
+    assert not list(model.code_projection.parameters())
+    assert not list(model.image_unembedding_in.parameters())
+    _, image = batch(1)
+    slot = model.embed_image(image, slice(5, 6))
+    place = model.row_embedding.weight[1] + model.column_embedding.weight[1]
+    torch.testing.assert_close(slot[:, 0], model.code_embedding.weight[image[:, 4]] + place)
+    with pytest.raises(SettingError, match="neighbours is 1, but must be at most 0"):
+        dataclasses.replace(SETTINGS, code_width=0, neighbours=1)
+
+
+@pytest.mark.parametrize("grid", [4, 10])
+def test_training_is_the_same_by_either_way_of_attention(monkeypatch: pytest.MonkeyPatch, grid: int) -> None:
+    # In float64: gradients pass the norm of the start, which is zero at first, and are large.
+    model = build(**{**FAITHFUL, "layers": 3, "grid": grid}).double()
+    text = batch(2)[0]
+    image = torch.randint(13, (3, grid * grid), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(sparse_attention, "_WORTHWHILE", share)
+        model.zero_grad()
+        model(text, image).total().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for dense, gathered in zip(*gradients, strict=True):
+        torch.testing.assert_close(gathered, dense, atol=1e-9, rtol=1e-7)
+
+
+def test_the_layers_have_the_papers_masks() -> None:
+    kinds = [block.pattern.kind for block in build(attention="paper", layers=5).blocks]
+    assert kinds == ["row", "column", "row", "row", "conv"]
+    assert {block.pattern.kind for block in build().blocks} == {"full"}
+
+
+def test_the_activation_is_the_one_that_was_chosen() -> None:
+    text, image = batch(0)
+    relu, gelu = (build(activation=name).logits(text, image)[1] for name in ("relu", "gelu"))
+    assert not torch.allclose(relu, gelu)
