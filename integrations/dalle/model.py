@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from . import runs
-from .dvae import DVAE, DVAESettings
+from . import architectures, runs
 from .grading import generate
+from .relaxed import RelaxedVAE
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import InputError
@@ -25,7 +25,7 @@ from .transformer import Transformer, TransformerSettings
 class Model:
     """Everything that turns a caption into a picture; both networks in eval mode, on one device."""
 
-    dvae: DVAE
+    dvae: RelaxedVAE
     transformer: Transformer
     tokenizer: Tokenizer
     sampling: SamplingSettings
@@ -60,7 +60,7 @@ class Model:
         settings = {
             "format": runs.FORMAT,
             "kind": kind,
-            "dvae": dataclasses.asdict(self.dvae.settings),
+            "dvae": architectures.to_table(self.dvae.settings),
             "transformer": dataclasses.asdict(self.transformer.settings),
             "sampling": dataclasses.asdict(self.sampling),
             **more,
@@ -75,7 +75,7 @@ class Model:
             InputError: a file is damaged, or does not belong to the settings.
         """
         try:
-            dvae = DVAE(DVAESettings(**run.settings["dvae"]))
+            dvae = architectures.build(architectures.from_table(run.settings["dvae"]))
             dvae.load_state_dict(load_file(run.folder / runs.DVAE))
             transformer = Transformer(TransformerSettings(**run.settings["transformer"]))
             transformer.load_state_dict(load_file(run.folder / runs.TRANSFORMER))

@@ -55,6 +55,14 @@ class Scaler(Protocol):
         """The scales, by name."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the scales from now on, for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        ...
+
 
 class LossScaler(torch.amp.GradScaler):
     """One scale for the whole loss, as PyTorch has it; without ``enabled``, none at all."""
@@ -79,7 +87,7 @@ class Stepper:
         parameters: those whose gradients are clipped together.
         optimizer: what steps.
         scaler: what scales their gradients.
-        clip: largest global norm of the gradient.
+        clip: largest global norm of the gradient; 0 for none.
         steps: how many there will be, taken or skipped.
         context: where they are computed, and in how many bits.
     """
@@ -94,12 +102,20 @@ class Stepper:
         context: Context,
     ) -> None:
         self._parameters = list(parameters)
-        self._optimizer, self._scaler, self._clip, self._context = optimizer, scaler, clip, context
+        self._optimizer, self._scaler, self._clip, self._context = optimizer, scaler, clip or math.inf, context
         self._steps, self._every = steps, max(1, steps // _RECORDS)
         self.taken = 0
         self.skipped = 0
         self.scales: list[tuple[int, dict[str, float]]] = []
         """Steps, and the scales after them by name; noted some two hundred times in a run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted and noted, for a checkpoint."""
+        return {"taken": self.taken, "skipped": self.skipped, "scales": self.scales}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From a checkpoint."""
+        self.taken, self.skipped, self.scales = state["taken"], state["skipped"], state["scales"]
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward and backward run."""

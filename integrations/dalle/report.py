@@ -117,6 +117,9 @@ def stage_lines(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in ("stage1", "stage2"):
         stage = report[name]
+        if not stage["steps"]:
+            lines.append(f"{name.replace('stage', 'stage ')}: not trained, its weights were given")
+            continue
         sent, whole = bytes_in_words(stage["bytes_sent"]), bytes_in_words(stage["bytes_uncompressed"])
         lines.append(
             f"{name.replace('stage', 'stage ')}: loss {_number(stage['final_loss'])} after {stage['steps']} steps, "

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import recipe, report, runs, sheets
+from . import architectures, recipe, report, resume, runs, sheets, stage1
+from .checkpoints import RunCheckpoints
 from .context import Context
 from .data import batches, opening
 from .data.stream import StreamSource
-from .dvae import DVAESettings
 from .evaluate import score_folder
 from .folder import FolderSource
 from .model import Model
@@ -21,7 +21,6 @@ from .recipe import Recipe
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import TrainSettings
-from .stage1 import Stage1Settings
 from .stage2 import Stage2Settings
 
 _SHOWN = 24
@@ -50,7 +49,8 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         for line in source.summary():
             journal.say(line)
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        trained = recipe.train(source, chosen, context, journal)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        trained = recipe.train(source, chosen, context, journal, checkpoints)
     broken = batches.broken_of(source, context)
     if context.rank != 0:
         return
@@ -83,6 +83,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "data": {"held_out": settings.held_out}, "training": chosen.describe()}
     trained.model.save(out, "folder", kept)
+    resume.finish(out)
     lines = [
         *report.held_out_lines(full),
         *report.stage_lines(full),
@@ -120,17 +121,16 @@ def _source(
 
 def recipe_of(settings: TrainSettings) -> Recipe:
     """Say how both stages are trained, from what a user chose."""
-    one, two = _given(settings.stage1), _given(settings.stage2)
-    codes = {"codes": one.pop("codes")} if "codes" in one else {}
-    grid = settings.size // one.pop("patch")
+    two = _given(settings.stage2)
     names = ("width", "layers", "heads", "attention", "kernel", "activation", "code_width", "neighbours", "fixed_codes")
     shape = {name: two.pop(name) for name in names if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
     return Recipe(
-        dvae=DVAESettings(size=settings.size, grid=grid, **codes),
-        stage1=Stage1Settings(**one),
+        dvae=architectures.settings_of(settings.stage1, settings.size),
+        stage1=stage1.settings_of(settings.stage1),
+        weights=settings.stage1.weights,
         vocabulary=vocabulary,
         text_length=text_length,
         transformer=shape,
@@ -139,6 +139,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         reducers=(averaged, averaged),
         precision=settings.precision,
         shards=settings.shard,
+        pictures_every=settings.pictures_every,
     )
 
 
