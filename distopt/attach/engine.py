@@ -14,9 +14,9 @@ from distopt.attach.units import scale_of
 from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.errors import SettingError
-from distopt.numerics.storage import Packed, Stored, pack, unpack
+from distopt.numerics.storage import Packed, Stored
 from distopt.reducers.allreduce import AllReducePlan
-from distopt.reducers.memory import storage_of
+from distopt.reducers.memory import times
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Reducer, Slot, State
 from distopt.reducers.settings import is_number
 
@@ -284,7 +284,7 @@ class Engine:
         for name, slot in self.slots.items():
             unit = loss_scale * scale_of(slot.parameter)
             if name in residuals and unit != self.unit(name):
-                residuals[name] = _times(residuals[name], unit / self.unit(name))
+                residuals[name] = times(residuals[name], unit / self.unit(name))
             self._units[name] = unit
         return loss_scale
 
@@ -321,8 +321,3 @@ class Engine:
 
 def _bits(stored: Stored) -> Tensor:
     return stored.codes if isinstance(stored, Packed) else stored
-
-
-def _times(kept: Stored, ratio: float) -> Stored:
-    """What is kept, times a number; a power of two changes no bit but the exponent."""
-    return pack(unpack(kept).mul_(ratio), storage_of(kept)) if isinstance(kept, Packed) else kept.mul_(ratio)

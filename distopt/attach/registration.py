@@ -11,7 +11,17 @@ from torch import Tensor
 from distopt.attach.accumulating import check_fusible
 from distopt.attach.clipping import clip_
 from distopt.attach.engine import Engine
-from distopt.attach.saving import FORMAT, average_residuals, check_state, gather_factors, hand_over, mean_tally, restore
+from distopt.attach.saving import (
+    FORMAT,
+    average_residuals,
+    check_state,
+    gather_factors,
+    hand_over,
+    mean_tally,
+    own_residuals,
+    restore,
+    restore_own,
+)
 from distopt.errors import RegistrationError, SettingError, StateError
 from distopt.numerics.storage import unpack
 from distopt.reducers.reducer import Figures, Reducer
@@ -265,6 +275,31 @@ class Registration:
             return
         restore(state, self._engine)
         self._attachment.keep_layout(state["layout"])
+
+    def own_residuals(self) -> dict[str, dict[str, Any]]:
+        """Give what this rank alone has: its residuals, of which `state_dict` gives the mean. Not collective.
+
+        With these beside it a save changes nothing, and the same number of ranks goes on to the bit from any step,
+        whenever the undisturbed run was saved: take them before `state_dict`, put them back after it, and save them for
+        each rank (``checkpoint.PerRank``).
+
+        Returns:
+            Tensors and plain values by parameter name; tensors that the next step changes, so save or copy them first.
+        """
+        self._attachment.settle()
+        return own_residuals(self._engine)
+
+    def load_own_residuals(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Put this rank's residuals in force, after `load_state_dict` or `state_dict`. Not collective.
+
+        Args:
+            state: what `own_residuals` gave on the same rank, of as many ranks.
+
+        Raises:
+            StateError: it is of other parameters, shapes or formats; nothing has been changed then.
+        """
+        self._attachment.settle()
+        restore_own(self._engine, state)
 
 
 def _saving(sent: int, uncompressed: int) -> float:

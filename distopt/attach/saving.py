@@ -12,7 +12,7 @@ from distopt.attach.engine import Engine, Tally
 from distopt.attach.shards import Shards
 from distopt.errors import StateError
 from distopt.numerics.storage import Packed, Stored, pack, unpack
-from distopt.reducers.memory import storage_of, working_dtype
+from distopt.reducers.memory import storage_of, times, working_dtype
 from distopt.reducers.reducer import State
 
 T = TypeVar("T")
@@ -63,6 +63,39 @@ def average_residuals(engine: Engine) -> dict[str, Tensor]:
         residuals[name] = _kept_like(residuals[name], means[name])
     means = {name: mean / engine.unit(name) for name, mean in means.items()}
     return means if engine.shards is None else _whole(engine, engine.shards, means)
+
+
+def own_residuals(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Each residual of this rank as it is kept, with its unit, in tensors and plain values; no copies."""
+    engine.prepare(engine.state)
+    return {
+        name: {"unit": engine.unit(name), **(kept._asdict() if isinstance(kept, Packed) else {"values": kept})}
+        for name, kept in engine.state.residuals.items()
+    }
+
+
+def restore_own(engine: Engine, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put residuals that `own_residuals` gave in force, in the units of the present ones.
+
+    Raises:
+        StateError: they are of other parameters, shapes or formats; nothing has been changed then.
+    """
+    residuals = engine.state.residuals
+    if state.keys() != residuals.keys():
+        odd = sorted(state.keys() ^ residuals.keys())[0]
+        where = "there" if odd in state else "here"
+        raise StateError(f"the residuals are of another model or reducer: {odd!r} is only {where}")
+    fresh: dict[str, Stored] = {}
+    for name, present in residuals.items():
+        fields = {field: value for field, value in state[name].items() if field != "unit"}
+        kept: Stored = fields["values"] if "values" in fields else Packed(**fields)
+        if (_bits(kept).dtype, _bits(kept).shape) != (_bits(present).dtype, _bits(present).shape):
+            raise StateError(f"the residual of {name!r} is kept in another shape or format here")
+        moved = _bits(kept).to(_bits(present).device, copy=True)
+        ratio = engine.unit(name) / state[name]["unit"]
+        kept = kept._replace(codes=moved) if isinstance(kept, Packed) else moved
+        fresh[name] = kept if ratio == 1 else times(kept, ratio)
+    residuals.update(fresh)
 
 
 def _whole(engine: Engine, shards: Shards, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -206,6 +239,10 @@ def _kept_like(example: Stored, value: Tensor) -> Stored:
     device = (example.codes if isinstance(example, Packed) else example).device
     wide = torch.float64 if isinstance(example, Tensor) and example.dtype == torch.float64 else torch.float32
     return pack(value.detach().to(device, wide, copy=True).contiguous(), storage_of(example))
+
+
+def _bits(stored: Stored) -> Tensor:
+    return stored.codes if isinstance(stored, Packed) else stored
 
 
 def _values(stored: Stored) -> Tensor:

@@ -1,5 +1,7 @@
 """Averaged weights, in the pieces that a rank has of them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -32,6 +34,17 @@ class Averaged:
         for mean, parameter in zip(self._means, self._parameters, strict=True):
             mean.lerp_(piece_of(parameter.detach()), weight)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by place, sharded like the parameters, for a checkpoint."""
+        pairs = zip(self._means, self._parameters, strict=True)
+        return {str(place): _like(mean, parameter) for place, (mean, parameter) in enumerate(pairs)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """From a checkpoint of the same module, sharded in any way."""
+        for place, mean in enumerate(self._means):
+            mean.copy_(piece_of(state[str(place)]))
+
     @torch.no_grad()
     def write(self, module: nn.Module) -> nn.Module:
         """Write the average into a module of the same parameters, whole. Collective if the averaged one is sharded.
@@ -49,9 +62,15 @@ class Averaged:
         return module.requires_grad_(False).eval()
 
 
-def _whole(piece: Tensor, like: nn.Parameter) -> Tensor:
-    weights = like.detach()
+def _like(piece: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A piece as a part of what the parameter is a part of."""
+    weights = parameter.detach()
     if not isinstance(weights, DTensor):
         return piece
     mesh, placements = weights.device_mesh, weights.placements
-    return DTensor.from_local(piece, mesh, placements, shape=weights.shape, stride=weights.stride()).full_tensor()
+    return DTensor.from_local(piece, mesh, placements, shape=weights.shape, stride=weights.stride())
+
+
+def _whole(piece: Tensor, parameter: nn.Parameter) -> Tensor:
+    tensor = _like(piece, parameter)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

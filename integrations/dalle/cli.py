@@ -7,15 +7,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distopt.errors import DistoptError
 
-from . import drawing, launch, runs
+from . import drawing, launch, resume, runs
+from .fields import MAX_SEED, check_value, leaves, nested, value_of
 from .settings import (
-    DEMOS,
-    MAX_SEED,
-    PRECISIONS,
     PRESETS,
     DemoSettings,
     InputError,
@@ -73,22 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
-    settings = DemoSettings(
-        preset=parsed.preset,
-        seed=parsed.seed,
-        steps_1=parsed.steps_1,
-        steps_2=parsed.steps_2,
-        reducer=parsed.reducer,
-        rank=parsed.rank,
-        precision=parsed.precision,
-        shard=parsed.shard,
-    )
+    settings = build(DemoSettings, _chosen(parsed, DemoSettings))
     out: Path = parsed.out
     place = launch.place()
     check_shard(settings, parsed.ranks if place is None else place.world_size)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
     if place is None or place.rank == 0:
         _writable_folder("--out", out)
+    if not _begin(parsed, settings, out, place):
+        return 0
     if place is None:
         return launch.start(given, parsed.ranks, out / "error.txt")
     from .demo import run
@@ -119,10 +110,14 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
         # Read once, here: every reason to refuse the data is known before a process is started.
         found = opening.read(data, settings, out)
         _writable_folder("--out", out)
+        if not _begin(parsed, settings, out, place):
+            return 0
         opening.keep(found, out)
         return launch.start(given, parsed.ranks, out / "error.txt")
     if place.rank == 0:
         _writable_folder("--out", out)
+    if not _begin(parsed, settings, out, place):
+        return 0
     from .ranks import work
     from .train import run
 
@@ -146,22 +141,33 @@ def _check_only(settings: TrainSettings, data: Path, out: Path, ranks: int) -> N
 def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
     table = {} if parsed.preset is None else preset(parsed.preset)
     own = {} if parsed.config is None else load_toml(parsed.config)
-    settings = TrainSettings()
+    below = merged(table, own)
     try:
-        settings = build(TrainSettings, merged(table, own))
+        build(TrainSettings, below)
     except DistoptError as error:
         raise InputError(f"--config {parsed.config}: {error}") from None
-    stage1, stage2 = settings.stage1, settings.stage2
-    if parsed.steps_1 is not None:
-        stage1 = dataclasses.replace(stage1, steps=parsed.steps_1)
-    if parsed.steps_2 is not None:
-        stage2 = dataclasses.replace(stage2, steps=parsed.steps_2)
-    flags = {
-        name: getattr(parsed, name)
-        for name in ("size", "seed", "precision", "shard")
-        if getattr(parsed, name) is not None
-    }
-    return dataclasses.replace(settings, stage1=stage1, stage2=stage2, **flags)
+    return build(TrainSettings, merged(below, _chosen(parsed, TrainSettings)))
+
+
+def _chosen(parsed: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What was set by flags, in tables; each value is judged by itself here, by the name of its flag."""
+    values = {}
+    for name, field, of in leaves(kind):
+        if (text := getattr(parsed, name, None)) is not None:
+            values[name] = check_value(_ALSO.get(name, f"--{name}"), value_of(text, of), field, (of,))
+    return nested(values)
+
+
+def _begin(parsed: argparse.Namespace, settings: Any, out: Path, place: launch.Place | None) -> bool:
+    """Whether there is something to do in ``out``; under torchrun the first rank alone changes it."""
+    if launch.started_by_us():
+        return True
+    first = place is None or place.rank == 0
+    if resume.begin(out, parsed.command, settings, fresh=parsed.fresh, first=first):
+        return True
+    if first:
+        print(f"{out}: has been trained with these settings; its report is {out / runs.REPORT}; --fresh trains it anew")
+    return False
 
 
 def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
@@ -211,23 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "Train both stages on the drawn task, sample, score, and write a report.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
     _add_ranks(demo, launch.MOST)
-    _add_steps(demo, "the published scores need the default")
-    demo.add_argument(
-        "--preset", choices=DEMOS, default="demo", help="small trains for up to an hour (default: demo, ten minutes)"
-    )
-    demo.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
-    demo.add_argument(
-        "--reducer",
-        choices=("powersgd", "allreduce"),
-        default="powersgd",
-        help="average gradients compressed, or exactly (default: powersgd)",
-    )
-    demo.add_argument(
-        "--rank", type=_whole(1, 1024), metavar="R", help="rank of the compressed gradients (default: the demo's own)"
-    )
-
-    _add_precision(demo, "fp32")
-    _add_shard(demo, 1)
+    _add_fresh(demo)
+    _add_fields(demo, DemoSettings)
 
     train = command("train", _train, "Train both stages on pictures with captions.")
     train.add_argument("--data", type=Path, required=True, metavar="DATA", help=_DATA)
@@ -237,13 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
     _add_ranks(train, _MOST_PLANNED)
-    _add_steps(train, "overrides the configuration")
-    train.add_argument(
-        "--size", type=_whole(8, 512), metavar="PX", help="side of the pictures, a multiple of 4 (default: 32)"
-    )
-    train.add_argument("--seed", type=_whole(0, MAX_SEED), metavar="N", help="default: 0")
-    _add_precision(train, None)
-    _add_shard(train, None)
+    _add_fresh(train)
+    _add_fields(train, TrainSettings)
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
     sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
@@ -264,20 +250,26 @@ def _add_ranks(parser: argparse.ArgumentParser, most: int) -> None:
     parser.add_argument("--ranks", type=_whole(1, most), default=2, metavar="N", help=meaning)
 
 
-def _add_precision(parser: argparse.ArgumentParser, default: str | None) -> None:
-    meaning = "type of matrix products; 16-bit ones bring gradient scales and 16-bit moments along (default: fp32)"
-    parser.add_argument("--precision", choices=PRECISIONS, default=default, help=meaning)
+def _add_fresh(parser: argparse.ArgumentParser) -> None:
+    meaning = "train anew, whatever --out holds; otherwise a run that was stopped goes on"
+    parser.add_argument("--fresh", action="store_true", help=meaning)
 
 
-def _add_shard(parser: argparse.ArgumentParser, default: int | None) -> None:
-    meaning = "ranks that hold one copy of the model together: --shard 2 --ranks 4 trains two copies (default: 1)"
-    parser.add_argument("--shard", type=_whole(1, 1024), default=default, metavar="N", help=meaning)
+_ALSO = {"stage1.steps": "--steps-1", "stage2.steps": "--steps-2", "steps_1": "--steps-1", "steps_2": "--steps-2"}
+"""Names that fields have besides their own."""
+_HIDDEN = ("n", "steps_1", "steps_2")
+"""Fields of the demo that have no flag of their own name."""
 
 
-def _add_steps(parser: argparse.ArgumentParser, remark: str) -> None:
-    for stage, name in ((1, "discrete VAE"), (2, "transformer")):
-        meaning = f"optimizer steps of the {name} ({remark})"
-        parser.add_argument(f"--steps-{stage}", type=_whole(1, 10_000_000), metavar="N", help=meaning)
+def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
+    """A flag for every field, by the name that it has in a TOML file; `build` judges the values."""
+    for name, field, _ in leaves(kind):
+        flags = [flag for flag in (_ALSO.get(name), None if name in _HIDDEN else f"--{name}") if flag]
+        if flags:
+            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            told = "" if default is None else f" (default: {default})"
+            meaning = field.metadata.get("meaning", "") + told
+            parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,9 @@
 """What a training stage is given and gives back: the seams between the data, the two stages and the commands."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -85,6 +86,30 @@ class Journal(Protocol):
         """
         ...
 
+    def show(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Tensor]) -> None:
+        """Take what is looked at now and then: figures, and pictures ``(n, 3, H, W)`` in [0, 1]; rank 0's alone."""
+        ...
+
+
+class StageCheckpoints(Protocol):
+    """Where a stage saves itself and goes on from."""
+
+    def resume(self, states: Mapping[str, Any], registration: distopt.Registration | None) -> int:
+        """Load what was saved of this stage, if anything was; gives the step to go on from. Collective."""
+        ...
+
+    def listening(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which signals are heard."""
+        ...
+
+    def after(self, step: int, total: int) -> None:
+        """Save if it is time after ``step`` of ``total``, counted from 1. Collective.
+
+        Raises:
+            Stopped: a signal asked to stop; everything has been saved.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
@@ -99,6 +124,8 @@ class Context:
         shards: ranks that hold one copy of the model together; with 1, every rank has its own under DDP.
         precision: "fp32", "bf16" or "fp16": what products are computed in.
         journal: receives losses and metrics; ``None`` stays silent.
+        pictures_every: steps after which the journal is shown pictures; 0 shows none.
+        checkpoints: where the stage is saved; ``None`` saves nothing.
     """
 
     rank: int = 0
@@ -109,6 +136,8 @@ class Context:
     shards: int = 1
     precision: str = "fp32"
     journal: Journal | None = None
+    pictures_every: int = 0
+    checkpoints: StageCheckpoints | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,6 +156,16 @@ class Context:
         """Pass ``values`` to the journal, if there is one."""
         if self.journal is not None:
             self.journal.log(step, total, values)
+
+    def looks(self, step: int, total: int) -> bool:
+        """Whether the journal is shown pictures after ``step`` of ``total``, counted from 1."""
+        every = self.pictures_every
+        return self.journal is not None and every > 0 and (step % every == 0 or step == total)
+
+    def show(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Tensor]) -> None:
+        """Pass figures and pictures to the journal, if there is one."""
+        if self.journal is not None:
+            self.journal.show(step, values, pictures)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

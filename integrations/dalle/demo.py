@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import recipe, report, runs, sheets
+from . import recipe, report, resume, runs, sheets
+from .checkpoints import RunCheckpoints
 from .context import Context
 from .dvae import DVAESettings
 from .evaluate import Graded, score_scenes
@@ -64,7 +65,8 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     chosen = _recipe(settings)
     with recipe.journal_of(out, context) as journal:
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        trained = recipe.train(task, chosen, context, journal)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        trained = recipe.train(task, chosen, context, journal, checkpoints)
         journal.say(f"sampling and scoring {settings.n} captions of each split")
         figures, samples = score_scenes(trained.model, task, n=settings.n, show=_SHOWN, context=context)
     if context.rank != 0:
@@ -86,6 +88,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "n": settings.n, "task_seed": task.seed, "training": chosen.describe()}
     trained.model.save(out, "demo", kept)
+    resume.finish(out)
     lines = [
         *report.score_lines(full),
         *report.stage_lines(full),
@@ -114,6 +117,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         reducers=(first, second),
         precision=settings.precision,
         shards=settings.shard,
+        pictures_every=settings.pictures_every,
     )
 
 

@@ -27,9 +27,11 @@ _COMMAND = "distopt.integrations.dalle"
 MOST = 64
 """Ranks that `start` may start."""
 _GRACE_SECONDS = 5.0
+_SAVING_SECONDS = 60.0
+"""How long ranks may take to save when the user has asked them to stop."""
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,16 @@ def start(arguments: Sequence[str], ranks: int, error_log: Path, module: str = _
         module: what each process runs, as ``python -m`` does.
 
     Returns:
-        0, or the exit code that the user gets: 2 if a rank refused its input, 130 on Ctrl-C, 1 otherwise. What went
-        wrong has been said on stderr in one line.
+        0, or the exit code that the user gets: 2 if a rank refused its input, 130 on Ctrl-C and 143 on SIGTERM, 1
+        otherwise. What went wrong has been said on stderr in one line. Ranks that are told to stop may save first; a
+        second Ctrl-C ends them at once.
     """
     error_log.unlink(missing_ok=True)
     meeting = Path(tempfile.mkdtemp(prefix="distopt-"))
     processes: list[subprocess.Popen[bytes]] = []
+    told = [INTERRUPTED]
     try:
-        with _terminate_as_interrupt():
+        with _terminate_as_interrupt() as told:
             processes.extend(_spawn([module, *arguments], rank, ranks, meeting) for rank in range(ranks))
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 time.sleep(_POLL_SECONDS)
@@ -108,9 +112,9 @@ def start(arguments: Sequence[str], ranks: int, error_log: Path, module: str = _
             _end(processes)
             return _explain(codes, meeting, error_log)
     except KeyboardInterrupt:
-        _end(processes)
+        _end(processes, _SAVING_SECONDS)
         print("distopt-dalle: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return told[0]
     finally:
         _end(processes)
         shutil.rmtree(meeting, ignore_errors=True)
@@ -167,11 +171,11 @@ def _spawn(command: Sequence[str], rank: int, ranks: int, meeting: Path) -> subp
     )
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], grace: float = _GRACE_SECONDS) -> None:
     running = [process for process in processes if process.poll() is None]
     for process in running:
         process.terminate()
-    limit = time.monotonic() + _GRACE_SECONDS
+    limit = time.monotonic() + grace
     for process in running:
         try:
             process.wait(max(0.0, limit - time.monotonic()))
@@ -185,6 +189,10 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _explain(codes: Sequence[int | None], meeting: Path, error_log: Path) -> int:
     """Say in one line what went wrong first, and keep its traceback; returns the exit code."""
+    for code in codes:
+        if code in (INTERRUPTED, TERMINATED):
+            print("distopt-dalle: interrupted", file=sys.stderr)
+            return code
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             # A rank that was killed could not leave word, and the others only report that it is gone.
@@ -211,15 +219,19 @@ def _explain(codes: Sequence[int | None], meeting: Path, error_log: Path) -> int
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Generator[None]:
+def _terminate_as_interrupt() -> Generator[list[int]]:
+    """SIGTERM is taken as Ctrl-C; gives a list with the exit code of an interrupt."""
+    code = [INTERRUPTED]
+
     def interrupt(number: int, frame: object) -> None:
+        code[0] = TERMINATED
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield code
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield code
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -55,6 +55,14 @@ class Scaler(Protocol):
         """The scales, by name."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the scales from now on, for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        ...
+
 
 class LossScaler(torch.amp.GradScaler):
     """One scale for the whole loss, as PyTorch has it; without ``enabled``, none at all."""
@@ -100,6 +108,14 @@ class Stepper:
         self.skipped = 0
         self.scales: list[tuple[int, dict[str, float]]] = []
         """Steps, and the scales after them by name; noted some two hundred times in a run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted and noted, for a checkpoint."""
+        return {"taken": self.taken, "skipped": self.skipped, "scales": self.scales}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """From a checkpoint."""
+        self.taken, self.skipped, self.scales = state["taken"], state["skipped"], state["scales"]
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward and backward run."""

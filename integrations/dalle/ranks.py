@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from distopt.errors import DistoptError
 
+from .checkpoints import Stopped
 from .context import Context
 from .launch import FAILED, INTERRUPTED, MEETING, REFUSED, Place
 
@@ -30,7 +31,7 @@ def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) 
 
     Returns:
         0. After any error the process ends here and now, with its exit code: communication that waits for other ranks
-        must not keep it alive.
+        must not keep it alive. A run that was stopped by a signal and saved ends with 128 + the signal's number.
     """
     meeting = os.environ.get(MEETING)
     if meeting is not None:
@@ -41,6 +42,10 @@ def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) 
         return 0
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except Stopped as stopped:
+        code = 128 + stopped.number
+        if where.rank == 0:
+            print(f"distopt-dalle: {stopped}; the same command goes on from there", file=sys.stderr)
     except Exception as error:
         refused = isinstance(error, DistoptError)
         code = REFUSED if refused else FAILED

@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +13,14 @@ from typing import Any, TypeVar
 import distopt
 
 from . import report, runs, sheets
+from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
 from .context import Context, Source, StageResult
-from .dvae import DVAESettings
+from .dvae import DVAE, DVAESettings
 from .journal import RunJournal
 from .model import Model
 from .sampling import SamplingSettings
 from .scenes import to_uint8
+from .settings import InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer
 from .text import Tokenizer
@@ -26,6 +29,7 @@ from .transformer import TransformerSettings
 _Stage = TypeVar("_Stage", Stage1Settings, Stage2Settings)
 STAGES = ("stage 1", "stage 2")
 _TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer")
+_TEXT = ("tokenizer", "text_length", "captions")
 _ROOM_FOR_TEXT = 4
 """Text positions beyond the longest training caption: what BPE dropout and other wordings take."""
 
@@ -45,6 +49,7 @@ class Recipe:
         reducers: how the gradients of each stage are averaged.
         precision: "fp32", "bf16" or "fp16".
         shards: ranks that hold one copy of the model together.
+        pictures_every: steps between pictures in TensorBoard; 0 shows none.
     """
 
     dvae: DVAESettings
@@ -57,6 +62,7 @@ class Recipe:
     reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
     precision: str = "fp32"
     shards: int = 1
+    pictures_every: int = 0
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
@@ -117,7 +123,7 @@ class Trained:
 
 @contextlib.contextmanager
 def journal_of(out: Path, context: Context) -> Generator[RunJournal]:
-    """Begin a run in ``out``: what an earlier one left there no longer counts as finished."""
+    """Begin a run in ``out``, or go on with it: it does not count as finished now."""
     if context.rank == 0:
         for name in (runs.SETTINGS, runs.REPORT):
             (out / name).unlink(missing_ok=True)
@@ -128,45 +134,105 @@ def journal_of(out: Path, context: Context) -> Generator[RunJournal]:
         journal.close()
 
 
-def train(source: Source, recipe: Recipe, context: Context, journal: RunJournal) -> Trained:
-    """Train the text tokenizer, the discrete VAE and the transformer.
+def train(
+    source: Source, recipe: Recipe, context: Context, journal: RunJournal, checkpoints: RunCheckpoints | None = None
+) -> Trained:
+    """Train the text tokenizer, the discrete VAE and the transformer, or what is left of that.
 
     Args:
         source: pictures and captions.
         recipe: all settings.
-        context: rank, device and seed; its reducer, precision and journal are set here.
+        context: rank, device and seed; its reducer, precision, journal and checkpoints are set here.
         journal: shows the progress.
+        checkpoints: where the run is saved and goes on from; ``None`` saves nothing.
 
     Returns:
         The model, equal on all ranks, and how the stages went on this one.
+
+    Raises:
+        InputError: the newest checkpoint is of other data.
     """
-    tokenizer = Tokenizer.train(source.captions(), recipe.vocabulary)
-    text_length = min(recipe.text_length, tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT)
-    with journal.stage(STAGES[0]) as stage:
-        surroundings = dataclasses.replace(
-            context, reducer=recipe.reducers[0], shards=recipe.shards, precision=recipe.precision, journal=stage
-        )
-        stage1 = train_dvae(source, recipe.dvae, _divisible(recipe.stage1, context.world_size), surroundings)
+    saved = None if checkpoints is None else checkpoints.facts()
+    facts = _text(source, recipe) if saved is None else {name: saved[name] for name in _TEXT}
+    if saved is not None:
+        _go_on(saved, source, journal)
+    tokenizer, done = Tokenizer(facts["tokenizer"]), 0 if saved is None else saved["stage"]
+    shared = dataclasses.replace(
+        context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
+    )
+    if done == 2 and saved is not None:
+        stage1 = unpacked(saved["stage1"], DVAE(recipe.dvae).to(context.device))
+    else:
+        how = _divisible(recipe.stage1, context.world_size)
+        with _stage(1, recipe, shared, journal, checkpoints, facts, resumed=done == 1) as surroundings:
+            stage1 = train_dvae(source, recipe.dvae, how, surroundings)
     dvae: Any = stage1.model.eval()
     settings = TransformerSettings(
         text_vocabulary=tokenizer.vocabulary,
-        text_length=text_length,
+        text_length=facts["text_length"],
         codes=recipe.dvae.codes,
         grid=recipe.dvae.grid,
         **recipe.transformer,
     )
-    with journal.stage(STAGES[1]) as stage:
-        surroundings = dataclasses.replace(surroundings, reducer=recipe.reducers[1], journal=stage)
-        how = _divisible(recipe.stage2, context.world_size)
+    how = _divisible(recipe.stage2, context.world_size)
+    facts = {**facts, "stage1": packed(stage1)}
+    with _stage(2, recipe, shared, journal, checkpoints, facts, resumed=done == 2) as surroundings:
         stage2 = train_transformer(source, dvae, tokenizer, settings, how, surroundings)
     transformer: Any = stage2.model.eval()
     model = Model(dvae=dvae, transformer=transformer, tokenizer=tokenizer, sampling=recipe.sampling)
     return Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
 
 
+@contextlib.contextmanager
+def _stage(
+    number: int,
+    recipe: Recipe,
+    context: Context,
+    journal: RunJournal,
+    checkpoints: RunCheckpoints | None,
+    facts: Mapping[str, Any],
+    *,
+    resumed: bool,
+) -> Generator[Context]:
+    """The surroundings of one stage."""
+    reducer, before = recipe.reducers[number - 1], recipe.stage1.steps if number == 2 else 0
+    with journal.stage(STAGES[number - 1]) as stage:
+        context = dataclasses.replace(context, reducer=reducer, journal=stage)
+        saver = None
+        if checkpoints is not None:
+            saver = StageSaver(checkpoints, context, number, before, facts, resumed=resumed)
+        yield dataclasses.replace(context, checkpoints=saver)
+
+
+def _text(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """The text tokenizer and what belongs to it, which a checkpoint keeps."""
+    tokenizer = Tokenizer.train(source.captions(), recipe.vocabulary)
+    longest = tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT
+    length = min(recipe.text_length, longest)
+    return {"tokenizer": tokenizer.to_json(), "text_length": length, "captions": _digest(source)}
+
+
+def _go_on(saved: Mapping[str, Any], source: Source, journal: RunJournal) -> None:
+    """Tell where the run goes on, if it is with the same data."""
+    if saved["captions"] != _digest(source):
+        raise InputError("--data: its captions are not those that the run in --out was begun with")
+    stage, step = saved["stage"], saved["step"]
+    done = {STAGES[0]: saved["stage1"]["steps"], STAGES[1]: step} if stage == 2 else {STAGES[0]: step}
+    journal.begin(done)
+    journal.say(f"goes on after step {step} of {STAGES[stage - 1]}")
+
+
+def _digest(source: Source) -> str:
+    digest = hashlib.sha256()
+    for caption in source.captions():
+        digest.update(caption.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
 def _divisible(settings: _Stage, ranks: int) -> _Stage:
-    """The settings with the batch raised to the next multiple of the ranks: any number of ranks can run any recipe."""
-    return dataclasses.replace(settings, batch=math.ceil(settings.batch / ranks) * ranks)
+    """The settings with the batch raised to what the ranks and their micro-batches divide: any number can run them."""
+    parts = ranks * settings.accumulate
+    return dataclasses.replace(settings, batch=math.ceil(settings.batch / parts) * parts)
 
 
 def seconds_since(began: float) -> float:

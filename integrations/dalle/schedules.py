@@ -22,6 +22,7 @@ class StageSettings:
         weight_decay: AdamW's, times the learning rate.
         clip: largest global norm of the gradient.
         averaging: how far back the averaged weights reach, in a unit of the stage's own; 0 keeps the last weights.
+        accumulate: micro-batches that each rank cuts its share of a batch into, one after the other, to save memory.
 
     Raises:
         SettingError: where a value is out of its range.
@@ -36,9 +37,10 @@ class StageSettings:
     weight_decay: float
     clip: float
     averaging: float
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        self.check(("steps", "batch"), is_positive_integer, "an integer of at least 1")
+        self.check(("steps", "batch", "accumulate"), is_positive_integer, "an integer of at least 1")
         self.check(("learning_rate", "clip"), lambda value: value > 0, "above 0")
         self.check(("weight_decay",), is_finite_and_not_negative, "a finite number of at least 0")
         self.check(("warmup", "final_learning_rate"), lambda value: 0 <= value <= 1, "from 0 to 1")

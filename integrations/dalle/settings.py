@@ -5,16 +5,18 @@ This module knows nothing of torch, on purpose: a typo in a configuration file m
 
 import dataclasses
 import re
-import tomllib
-import types
-import typing
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from distopt.errors import DistoptError, SettingError
+from distopt.errors import SettingError
 
-MAX_SEED = 2**63 - 1
+from .fields import MAX_SEED, check, load_toml
+from .fields import InputError as InputError
+from .fields import build as build
+from .fields import choice as _choice
+from .fields import merged as merged
+from .fields import number as _number
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
 KINDS = ("auto", "folder", "coco", "tsv", "webdataset")
@@ -24,20 +26,6 @@ ATTENTIONS = ("full", "paper")
 ACTIVATIONS = ("relu", "gelu")
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 """Files of settings that are installed with the package, by name."""
-_T = TypeVar("_T")
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
-
-
-class InputError(DistoptError):
-    """A folder, a file or a run that the user named cannot be worked with; the message says why in one line."""
-
-
-def _number(default: Any, low: float, high: float, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
-
-
-def _choice(default: Any, options: tuple[str, ...], meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"options": options, "meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +35,13 @@ class Stage1Options:
     steps: int | None = _number(None, 1, 10_000_000, "optimizer steps")
     batch: int | None = _number(None, 1, 65_536, "pictures a step, over all ranks")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
+    warmup: float | None = _number(None, 0.0, 1.0, "fraction of the steps in which the learning rate rises")
+    final_learning_rate: float | None = _number(None, 0.0, 1.0, "where it ends, as a fraction of learning_rate")
+    betas: tuple[float, float] | None = _number(None, 0.0, 1 - 1e-9, "decay rates of AdamW")
+    weight_decay: float | None = _number(None, 0.0, 10.0, "of AdamW, times the learning rate")
+    clip: float | None = _number(None, 1e-8, 1e8, "largest global norm of the gradient")
+    averaging: float | None = _number(None, 0.0, 1 - 1e-9, "decay a step of the averaged weights; 0: the last weights")
+    accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
     codes: int | None = _number(None, 2, 65_536, "size of the codebook")
     patch: int = _number(4, 1, 64, "side of the pixels under one token; divides the size of the pictures")
 
@@ -58,6 +53,15 @@ class Stage2Options:
     steps: int | None = _number(None, 1, 10_000_000, "optimizer steps")
     batch: int | None = _number(None, 1, 65_536, "pairs a step, over all ranks")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
+    warmup: float | None = _number(None, 0.0, 1.0, "fraction of the steps in which the learning rate rises")
+    final_learning_rate: float | None = _number(None, 0.0, 1.0, "where it ends, as a fraction of learning_rate")
+    betas: tuple[float, float] | None = _number(None, 0.0, 1 - 1e-9, "decay rates of AdamW")
+    weight_decay: float | None = _number(None, 0.0, 10.0, "of AdamW, times the learning rate")
+    clip: float | None = _number(None, 1e-8, 1e8, "largest global norm of the gradient")
+    averaging: float | None = _number(None, 0.0, 1 - 1e-9, "part of the steps that weights are averaged over; 0: none")
+    accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
+    bpe_dropout: float | None = _number(None, 0.0, 1 - 1e-9, "share of merges of text tokens passed over in training")
+    uncaptioned: float | None = _number(None, 0.0, 1 - 1e-9, "share of the batch without captions")
     width: int = _number(128, 8, 8192, "features of a position")
     layers: int | None = _number(None, 1, 256, "pairs of attention and MLP")
     heads: int = _number(4, 1, 256, "attention heads; they divide the width")
@@ -70,6 +74,15 @@ class Stage2Options:
     fixed_codes: bool = True
     """Leave the codes' vectors as they start, from what each code looks like."""
     neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage; no number changes."""
+
+    every_steps: int = _number(0, 0, 10_000_000, "steps between two saves; 0: not by steps")
+    every_seconds: float = _number(120.0, 0.0, 1e7, "seconds between two saves; 0: not by time")
+    keep: int = _number(2, 1, 1000, "how many of the newest are kept")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +146,9 @@ class TrainSettings:
         stage1: the discrete VAE.
         stage2: the transformer.
         communication: how gradients are averaged.
+        pictures_every: steps between pictures in TensorBoard; 0 draws none.
         sampling: how image tokens are drawn.
+        checkpoint: when the run saves itself.
         data: what the pictures are read from, and which are left out.
 
     Raises:
@@ -154,7 +169,9 @@ class TrainSettings:
     stage1: Stage1Options = Stage1Options()
     stage2: Stage2Options = Stage2Options()
     communication: CommunicationOptions = CommunicationOptions()
+    pictures_every: int = _number(500, 0, 10_000_000, "steps between pictures in TensorBoard; 0: none")
     sampling: SamplingOptions = SamplingOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     data: DataOptions = DataOptions()
 
     def __post_init__(self) -> None:
@@ -194,6 +211,8 @@ class DemoSettings:
         precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
         shard: as for ``TrainSettings``.
         n: captions scored in each split.
+        pictures_every: steps between pictures in TensorBoard; 0 draws none.
+        checkpoint: when the run saves itself.
 
     Raises:
         SettingError: a value is of the wrong type or out of range.
@@ -208,6 +227,8 @@ class DemoSettings:
     precision: str = _choice("fp32", PRECISIONS, "what products are computed in")
     shard: int = _number(1, 1, 1024, "ranks that hold one copy of the model together")
     n: int = _number(400, 1, 100_000, "captions scored in each split")
+    pictures_every: int = _number(500, 0, 10_000_000, "steps between pictures in TensorBoard; 0: none")
+    checkpoint: CheckpointOptions = CheckpointOptions()
 
     def __post_init__(self) -> None:
         check(self)
@@ -235,59 +256,12 @@ def check_batch(settings: TrainSettings, ranks: int) -> None:
         SettingError: names the stage.
     """
     for name in ("stage1", "stage2"):
-        batch = getattr(settings, name).batch
-        if batch is not None and batch % ranks:
-            raise SettingError(f"{name}.batch", batch, f"a multiple of the number of ranks, which is {ranks}")
-
-
-def check(settings: Any, prefix: str = "") -> None:
-    """Check the type and the range of every field, tables included.
-
-    Raises:
-        SettingError: names the first field that is wrong, as ``table.field``.
-    """
-    for field, allowed in _fields(type(settings)):
-        value, name = getattr(settings, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            check(value, name + ".")
-        elif not (value is None and type(None) in allowed):
-            _check_value(name, value, field, allowed)
-
-
-def build(kind: type[_T], table: Mapping[str, Any], prefix: str = "") -> _T:
-    """Make settings from a table as TOML gives it; unknown names and wrong types are refused.
-
-    Args:
-        kind: a dataclass of settings.
-        table: values by field name, nested tables as mappings.
-        prefix: what to put before a name in an error.
-
-    Returns:
-        An instance of ``kind``.
-
-    Raises:
-        SettingError: a name is unknown, or a value is of the wrong type or out of range.
-
-    Example:
-        >>> build(TrainSettings, {"stage1": {"steps": 10}}).stage1.steps
-        10
-    """
-    fields = {field.name: (field, allowed) for field, allowed in _fields(kind)}
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        if name not in fields:
-            where = f"[{prefix.rstrip('.')}]" if prefix else "the file"
-            raise SettingError(prefix + name, value, f"left out: the names in {where} are {', '.join(fields)}")
-        field, allowed = fields[name]
-        inner = next((option for option in allowed if dataclasses.is_dataclass(option)), None)
-        if inner is not None:
-            if not isinstance(value, Mapping):
-                raise SettingError(prefix + name, value, f"a table: [{prefix}{name}]")
-            value = build(inner, value, f"{prefix}{name}.")
-        else:
-            value = _check_value(prefix + name, value, field, allowed)
-        values[name] = value
-    return kind(**values)
+        options = getattr(settings, name)
+        parts = options.accumulate or 1
+        if options.batch is not None and options.batch % (ranks * parts):
+            allowed = f"a multiple of the number of ranks, which is {ranks}"
+            allowed += f", times {name}.accumulate, which is {parts}" if parts > 1 else ""
+            raise SettingError(f"{name}.batch", options.batch, allowed)
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -298,66 +272,3 @@ def preset(name: str) -> dict[str, Any]:
         64
     """
     return load_toml(Path(__file__).with_name("presets") / f"{name}.toml")
-
-
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one table over another, tables inside them likewise.
-
-    Example:
-        >>> merged({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}})
-        {'a': {'x': 1, 'y': 4}, 'b': 3}
-    """
-    table = dict(below)
-    for name, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(table.get(name), Mapping)
-        table[name] = merged(table[name], value) if both else value
-    return table
-
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        InputError: it is missing, not readable, or not TOML; the message is one line.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"--config {path}: there is no such file") from None
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--config {path}: is not a text file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"--config {path}: is not valid TOML: {error}") from None
-
-
-def _fields(kind: type) -> list[tuple[dataclasses.Field[Any], tuple[type, ...]]]:
-    """Fields of a dataclass, each with the types that it may have."""
-    hints = typing.get_type_hints(kind)
-    listed = []
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        listed.append((field, typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)))
-    return listed
-
-
-def _check_value(name: str, value: Any, field: dataclasses.Field[Any], allowed: tuple[type, ...]) -> Any:
-    kind = next(option for option in allowed if option is not type(None))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    limits = field.metadata
-    words = _WORDS[kind]
-    if "options" in limits:
-        words = "one of " + ", ".join(limits["options"])
-    elif "low" in limits:
-        words = f"{words} from {limits['low']:g} to {limits['high']:g}"
-        if limits["high"] == MAX_SEED:
-            words = f"{_WORDS[kind]} from 0 to 2**63 - 1"
-    if type(value) is not kind:
-        raise SettingError(name, value, words)
-    if "options" in limits and value not in limits["options"]:
-        raise SettingError(name, value, words)
-    if "low" in limits and not (limits["low"] <= value <= limits["high"]):
-        raise SettingError(name, value, words)
-    return value

@@ -9,36 +9,38 @@ A short run needs other constants than the paper's three million updates; measur
 * errors at edges weigh more, since flat colour is most of a picture and is learned at once;
 * a falling push towards equal use of the codes replaces what the KL term does at scale.
 
-All that makes the training distributed is ``context.distribute`` and ``distopt.accumulate``; a batch is a pure function
-of seed and step, see ``batches``. A tokenizer is judged by what its argmax tokens bring back (``evaluate_tokenizer``),
-never by its loss.
+The loop is ``trainer.train``; a batch is a pure function of seed and step, see ``batches``. A tokenizer is judged by
+what its argmax tokens bring back (``evaluate_tokenizer``), never by its loss.
 """
 
-import copy
 import dataclasses
 import math
-import time
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import distopt
 from distopt.errors import SettingError
 
-from .averaging import Averaged
 from .batches import chunks
-from .context import Context, Source, StageResult, distribute
+from .context import Context, Source, StageResult, Stream
+from .data.batches import pictures_at
 from .dvae import DVAE, DVAESettings
-from .precision import LossScaler, Stepper, adamw
+from .precision import LossScaler, Scaler, adamw
 from .relaxed import gumbel
 from .scenes import Scenes, to_tensor, to_uint8
 from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
 from .scorer import matches_all
+from .trainer import Batch, Loss, check_divisible, train
 
 STAGE = 1
 """The number of this stage in the seeds of its batches."""
+
+_LOOK = 1_000_000_011
+_LOOKED_AT = 64
+"""Pictures that are looked at now and then, always the same, from a stage number that no training batch has."""
 
 _START = 1_000_000_001
 """A stage number that no training batch has: the pictures that the codes start from, equal on all ranks."""
@@ -58,6 +60,8 @@ class Stage1Settings(StageSettings):
         weight_decay: AdamW's, times the learning rate.
         clip: largest global norm of the gradient.
         averaging: decay a step of the averaged weights that the stage ends with; 0 keeps the last weights.
+        accumulate: micro-batches that each rank cuts its share of a batch into. They are exactly the batch, but for the
+            push towards equal use, which is that of each micro-batch.
         tau: temperature at the start and at the end.
         tau_steps: fraction of the steps after which the temperature stays at its end.
         beta: weight of the KL divergence at its end; it starts at 0.
@@ -135,44 +139,59 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
     """
     if source.size != model.size:
         raise SettingError("DVAESettings.size", model.size, f"the size of the source's pictures, {source.size}")
-    if settings.batch % context.world_size:
-        raise SettingError("Stage1Settings.batch", settings.batch, f"a multiple of the {context.world_size} ranks")
-    began = time.perf_counter()
-    dvae = _start(source, model, settings, context)
-    whole = copy.deepcopy(dvae).to("meta")
-    scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
-    trained, registration = distribute(dvae, context, dvae.units(), grad_scaler=scaler)
-    averaged = Averaged(dvae)
-    rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    optimizer = adamw(dvae.named_parameters(), context, **rules)
-    stepper = Stepper(dvae.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
-    curve: list[tuple[int, float]] = []
-    trained.train()
-    loader = (_batch(source, model, settings, context, step) for step in range(settings.steps))
-    for step, window in enumerate(distopt.accumulate(loader, trained, steps=1)):
-        weights = settings.weights_at(step)
-        for pictures, noise in window:
-            with stepper.products():
-                loss = trained(pictures, **weights, noise=noise, dtype=context.dtype)
-                window.backward(scaler.scale(loss.total * len(pictures)))
-        if stepper.step(settings.learning_rate_at(step)):
-            averaged.move(_weight_of_last(stepper.taken - 1, settings))
-        curve.append((step, loss.total.item()))
-        values = {name: value.item() for name, value in vars(loss).items() if name != "total"}
-        context.log(
-            step + 1, settings.steps, {"loss": curve[-1][1], **values, "tau": weights["tau"], **stepper.values()}
-        )
-    last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
-    return StageResult(
-        model=averaged.write(whole),
-        steps=settings.steps,
-        final_loss=sum(last) / len(last),
-        curve=curve,
-        wall_seconds=time.perf_counter() - began,
-        stats=None if registration is None else registration.stats(),
-        skipped_steps=stepper.skipped,
-        scales=stepper.scales,
-    )
+    check_divisible(settings, context.world_size)
+    return train(_Stage(source, model, settings, context), context)
+
+
+class _Stage:
+    """What the trainer is told of stage 1."""
+
+    def __init__(self, source: Source, model: DVAESettings, settings: Stage1Settings, context: Context) -> None:
+        self.settings = settings
+        self.model = _start(source, model, settings, context)
+        self.grad_scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
+        self._source, self._context = source, context
+
+    def units(self) -> list[nn.Module]:
+        return list(self.model.units())
+
+    def by_columns(self) -> list[nn.Parameter]:
+        return []
+
+    def optimizer(self) -> Optimizer:
+        settings = self.settings
+        rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        return adamw(self.model.named_parameters(), self._context, **rules)
+
+    def scaler(self) -> Scaler:
+        return self.grad_scaler
+
+    def batch(self, step: int) -> Batch:
+        return _batch(self._source, self.model.settings, self.settings, self._context, step)
+
+    def weight(self, batch: Batch) -> dict[str, float]:
+        return {"pictures": len(batch[0])}
+
+    def loss(self, trained: nn.Module, batch: Batch, step: int) -> Loss:
+        pictures, noise = batch
+        loss = trained(pictures, **self.settings.weights_at(step), noise=noise, dtype=self._context.dtype)
+        values = {name: value for name, value in vars(loss).items() if name != "total"}
+        return Loss({"pictures": loss.total * len(pictures)}, values)
+
+    def weight_of_last(self, taken: int) -> float:
+        return _weight_of_last(taken, self.settings)
+
+    def values(self, step: int) -> dict[str, float]:
+        return {"tau": self.settings.weights_at(step)["tau"]}
+
+    def look(self, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Codes in use, and pictures beside what their tokens decode to."""
+        pictures = self._source.pictures(_LOOKED_AT, self._context.rng(_LOOK, 0)).to(self._context.device)
+        tokens = self.model.tokenize(pictures)
+        used, perplexity = usage(tokens.cpu(), self.model.settings.codes)
+        some = pictures[:number]
+        beside = torch.stack([some, self.model.decode(tokens[:number])], dim=1).flatten(0, 1)
+        return {"codes/used": used, "codes/perplexity": perplexity}, {"reconstructions": beside}
 
 
 def evaluate_tokenizer(dvae: DVAE, scenes: Scenes, n: int = 500, seed: int = 0) -> dict[str, Any]:
@@ -211,6 +230,18 @@ def evaluate_tokenizer(dvae: DVAE, scenes: Scenes, n: int = 500, seed: int = 0) 
     }
 
 
+def usage(tokens: Tensor, codes: int) -> tuple[int, float]:
+    """How many codes occur in ``tokens``, and their perplexity: the exponential of the entropy of their frequencies.
+
+    Example:
+        >>> usage(torch.tensor([[0, 1], [0, 1]]), codes=4)
+        (2, 2.0)
+    """
+    counts = torch.bincount(tokens.flatten(), minlength=codes).double()
+    frequencies = counts[counts > 0] / counts.sum()
+    return int((counts > 0).sum()), round(float(torch.exp(-(frequencies * frequencies.log()).sum())), 6)
+
+
 def _start(source: Source, model: DVAESettings, settings: Stage1Settings, context: Context) -> DVAE:
     """Build the dVAE with its codes in place, the same on every rank."""
     rng = np.random.default_rng([context.seed, _START])
@@ -227,8 +258,11 @@ def _batch(
 ) -> tuple[Tensor, Tensor]:
     """This rank's pictures of ``step``, and the Gumbel noise of their logits."""
     pictures, noises = [], []
+    if isinstance(source, Stream):
+        pictures.append(pictures_at(source, context.part(STAGE, step, settings.batch)))
     for chunk in chunks(context, STAGE, step, settings.batch):
-        pictures.append(source.pictures(chunk.rows, chunk.rng)[chunk.kept])
+        if not isinstance(source, Stream):
+            pictures.append(source.pictures(chunk.rows, chunk.rng)[chunk.kept])
         generator = torch.Generator(context.device).manual_seed(int(chunk.rng.integers(2**63)))
         logits = torch.empty(chunk.rows, model.codes, model.grid, model.grid, device=context.device)
         noises.append(gumbel(logits, generator)[chunk.kept])

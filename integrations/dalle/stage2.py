@@ -1,36 +1,39 @@
 """Stage 2: trains the transformer on captions and argmax tokens of their pictures.
 
-Every picture is tokenised on the fly by the frozen dVAE. All that makes the training distributed is
-``context.distribute`` and ``distopt.accumulate``, which divides the loss of text by the text tokens of all ranks. A
-batch is a pure function of seed and step, see ``batches``.
+Every picture is tokenised on the fly by the frozen dVAE. The loop is ``trainer.train``; the loss of text is divided by
+the text tokens of all ranks. A batch is a pure function of seed and step, see ``batches``.
 
 Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021, section 2.2 and appendix B.2 (AdamW with betas 0.9
 and 0.96, weight decay 0.045, clipping by global norm, averaged iterates, 10 % BPE dropout).
 """
 
-import copy
 import dataclasses
-import time
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 import distopt
-from distopt.errors import SettingError
 
-from .averaging import Averaged
 from .batches import chunks
 from .codes import Codec, code_vectors
-from .context import Context, Source, StageResult, distribute
-from .precision import LossScaler, Scaler, Stepper, adamw
+from .context import Context, Source, StageResult, Stream
+from .data.batches import text_and_pictures_at
+from .precision import LossScaler, Scaler, adamw
+from .sampling import sample
 from .schedules import StageSettings, is_share
 from .text import PAD, Tokenizer
+from .trainer import Batch, Loss, check_divisible, train
 from .transformer import Transformer, TransformerSettings
 
 STAGE = 2
 """The number of this stage in the seeds of its batches."""
+
+_LOOK = 1_000_000_012
+"""A stage number that no training batch has: the captions that are sampled now and then, always the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class Stage2Settings(StageSettings):
         bpe_dropout: probability with which a merge of the text tokenizer is passed over in training.
         uncaptioned: fraction of a batch that are the source's pictures without captions, under an empty caption. They
             teach what pictures look like apart from what captions name, and guidance needs them.
+        accumulate: micro-batches that each rank cuts its share of a batch into; they are exactly the batch.
 
     Raises:
         SettingError: where a value is out of its range.
@@ -97,47 +101,72 @@ def train_transformer(
     Raises:
         SettingError: if the global batch cannot be divided over the ranks.
     """
-    if settings.batch % context.world_size:
-        raise SettingError("Stage2Settings.batch", settings.batch, f"a multiple of the {context.world_size} ranks")
-    began = time.perf_counter()
-    with torch.random.fork_rng():
-        torch.manual_seed(context.seed)
-        vectors = code_vectors(source, dvae, model, context)
-        transformer = Transformer(model, vectors).to(context.device)
-    whole = copy.deepcopy(transformer).to("meta")
-    units = list(transformer.blocks)
-    trained, registration = distribute(transformer, context, units, by_columns=second_matrices(transformer))
-    averaged = Averaged(transformer)
-    optimizer = optimizer_of(transformer, dict(transformer.named_parameters()), settings, context)
-    scaler = _scaler(transformer, context)
-    stepper = Stepper(transformer.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
-    curve: list[tuple[int, float]] = []
-    trained.train()
-    loader = (_batch(source, dvae, tokenizer, model, settings, context, step) for step in range(settings.steps))
-    for step, window in enumerate(distopt.accumulate(loader, trained, steps=1, weight=_weight)):
-        for text, image in window:
-            count = _weight((text, image))
-            with stepper.products():
-                losses = trained(text, image)
-                sums = {"text": losses.text * count["text"] / 8, "image": losses.image * count["image"] * (7 / 8)}
-                window.backward({kind: scaler.scale(part) for kind, part in sums.items()})
-        if stepper.step(settings.learning_rate_at(step)):
-            averaged.move(_weight_of_last(stepper.taken - 1, settings))
-        curve.append((step, losses.total().item()))
-        values = {"loss": curve[-1][1], "text": losses.text.item(), "image": losses.image.item()}
-        values["learning_rate"] = settings.learning_rate_at(step)
-        context.log(step + 1, settings.steps, {**values, **stepper.values()})
-    last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
-    return StageResult(
-        model=averaged.write(whole),
-        steps=settings.steps,
-        final_loss=sum(last) / len(last),
-        curve=curve,
-        wall_seconds=time.perf_counter() - began,
-        stats=None if registration is None else registration.stats(),
-        skipped_steps=stepper.skipped,
-        scales=stepper.scales,
-    )
+    check_divisible(settings, context.world_size)
+    return train(_Stage(source, dvae, tokenizer, model, settings, context), context)
+
+
+class _Stage:
+    """What the trainer is told of stage 2."""
+
+    grad_scaler = None
+
+    def __init__(
+        self,
+        source: Source,
+        dvae: Codec,
+        tokenizer: Tokenizer,
+        model: TransformerSettings,
+        settings: Stage2Settings,
+        context: Context,
+    ) -> None:
+        self.settings = settings
+        self._source, self._dvae, self._tokenizer, self._context = source, dvae, tokenizer, context
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            vectors = code_vectors(source, dvae, model, context)
+            self.model = Transformer(model, vectors).to(context.device)
+
+    def units(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def by_columns(self) -> list[nn.Parameter]:
+        return second_matrices(self.model)
+
+    def optimizer(self) -> Optimizer:
+        return optimizer_of(self.model, dict(self.model.named_parameters()), self.settings, self._context)
+
+    def scaler(self) -> Scaler:
+        return _scaler(self.model, self._context)
+
+    def batch(self, step: int) -> Batch:
+        return _batch(
+            self._source, self._dvae, self._tokenizer, self.model.settings, self.settings, self._context, step
+        )
+
+    def weight(self, batch: Batch) -> dict[str, float]:
+        text, image = batch
+        return {"text": int((text != PAD).sum()), "image": image.numel()}
+
+    def loss(self, trained: nn.Module, batch: Batch, step: int) -> Loss:
+        text, image = batch
+        count = self.weight(batch)
+        losses = trained(text.to(self._context.device), image)
+        sums = {"text": losses.text * count["text"] / 8, "image": losses.image * count["image"] * (7 / 8)}
+        return Loss(sums, {"text": losses.text, "image": losses.image})
+
+    def weight_of_last(self, taken: int) -> float:
+        return _weight_of_last(taken, self.settings)
+
+    def values(self, step: int) -> dict[str, float]:
+        return {"learning_rate": self.settings.learning_rate_at(step)}
+
+    def look(self, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Free samples of some captions, beside their pictures."""
+        device, length = self._context.device, self.model.settings.text_length
+        captions, pictures = self._source.pairs(number, self._context.rng(_LOOK, 0))
+        text = self._tokenizer.encode(captions, length).to(device)
+        drawn = sample(self.model, text, generator=torch.Generator(device).manual_seed(self._context.seed))
+        return {}, {"samples": torch.stack([pictures.to(device), self._dvae.decode(drawn)], dim=1).flatten(0, 1)}
 
 
 def optimizer_of(
@@ -145,7 +174,7 @@ def optimizer_of(
     parameters: Mapping[str, nn.Parameter],
     settings: Stage2Settings,
     context: Context,
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """The stage's optimizer: matrices of linear layers decay, nothing else does.
 
     Args:
@@ -188,6 +217,14 @@ def _batch(
 ) -> tuple[Tensor, Tensor]:
     """This rank's text and image tokens of ``step``."""
     texts, pictures = [], []
+    if isinstance(source, Stream):
+
+        def encode(captions: list[str], rng: np.random.Generator) -> Tensor:
+            return tokenizer.encode(captions, model.text_length, rng=rng, dropout=settings.bpe_dropout)
+
+        part = context.part(STAGE, step, settings.batch)
+        text, drawn = text_and_pictures_at(source, part, encode, settings.uncaptioned)
+        return text, dvae.tokenize(drawn.to(context.device))
     for chunk in chunks(context, STAGE, step, settings.batch):
         # A fraction of a picture is left to chance.
         silent = int(settings.uncaptioned * chunk.rows + chunk.rng.random())
@@ -200,13 +237,8 @@ def _batch(
         pictures.append(drawn[chunk.kept])
     with torch.no_grad():
         image = dvae.tokenize(torch.cat(pictures).to(context.device))
-    return torch.cat(texts).to(context.device), image
-
-
-def _weight(batch: tuple[Tensor, Tensor]) -> dict[str, int]:
-    """How many tokens of each kind a batch has."""
-    text, image = batch
-    return {"text": int((text != PAD).sum()), "image": image.numel()}
+    # Text stays where its tokens can be counted without waiting for a device.
+    return torch.cat(texts), image
 
 
 def _weight_of_last(step: int, settings: Stage2Settings) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import recipe, report, runs, sheets
+from . import recipe, report, resume, runs, sheets
+from .checkpoints import RunCheckpoints
 from .context import Context
 from .data import batches, opening
 from .data.stream import StreamSource
@@ -50,7 +51,8 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         for line in source.summary():
             journal.say(line)
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        trained = recipe.train(source, chosen, context, journal)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        trained = recipe.train(source, chosen, context, journal, checkpoints)
     broken = batches.broken_of(source, context)
     if context.rank != 0:
         return
@@ -83,6 +85,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "data": {"held_out": settings.held_out}, "training": chosen.describe()}
     trained.model.save(out, "folder", kept)
+    resume.finish(out)
     lines = [
         *report.held_out_lines(full),
         *report.stage_lines(full),
@@ -139,6 +142,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         reducers=(averaged, averaged),
         precision=settings.precision,
         shards=settings.shard,
+        pictures_every=settings.pictures_every,
     )
 
 

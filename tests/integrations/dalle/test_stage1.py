@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from distopt.integrations.dalle import stage1
+from distopt.integrations.dalle import trainer
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
 from distopt.integrations.dalle.scenes import Scenes
@@ -80,9 +80,9 @@ def test_training_learns_reports_every_step_and_keeps_codes_in_use():
 
 def test_without_averaging_the_last_weights_are_kept():
     trained: list[torch.nn.Module] = []
-    make = stage1.distribute
+    make = trainer.distribute
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage1, "distribute", lambda dvae, *a, **k: trained.append(dvae) or make(dvae, *a, **k))
+        patch.setattr(trainer, "distribute", lambda dvae, *a, **k: trained.append(dvae) or make(dvae, *a, **k))
         kept = train_dvae(TASK, MODEL, dataclasses.replace(SHORT, steps=3, averaging=0.0), Context()).model
         averaged = train_dvae(TASK, MODEL, dataclasses.replace(SHORT, steps=3), Context()).model
     for result, last, same in ((kept, trained[0], True), (averaged, trained[1], False)):

@@ -1,0 +1,142 @@
+"""Runs that are killed, stopped, or go on with other ranks: what is resumed is what was stopped, to the bit."""
+
+import dataclasses
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from distopt.integrations.dalle import checkpoints as module
+from distopt.integrations.dalle import recipe
+from distopt.integrations.dalle.checkpoints import RunCheckpoints, Stopped
+from distopt.integrations.dalle.context import Context
+from distopt.integrations.dalle.dvae import DVAESettings
+from distopt.integrations.dalle.journal import RunJournal
+from distopt.integrations.dalle.precision import reducer
+from distopt.integrations.dalle.recipe import Recipe
+from distopt.integrations.dalle.sampling import SamplingSettings
+from distopt.integrations.dalle.settings import CheckpointOptions, InputError
+from distopt.integrations.dalle.stage1 import Stage1Settings
+from distopt.integrations.dalle.stage2 import Stage2Settings
+from safetensors.torch import load_file
+
+from distopt import checkpoint
+from tests.faults.draw import count
+from tests.integrations.dalle.test_stage2 import Flags
+from tests.processes import run_mortals
+
+STEPS = 8
+EVERY_3 = CheckpointOptions(every_steps=3, every_seconds=0.0)
+
+
+class WideFlags(Flags):
+    """In float64."""
+
+    def pairs(self, n, rng):
+        captions, pictures = super().pairs(n, rng)
+        return captions, pictures.double()
+
+
+def small(precision="fp32", shards=1, steps=STEPS):
+    """A run of both stages that takes a second; exact for any number of ranks, so without the push to equal use."""
+    how = {"steps": steps, "batch": 8, "clip": 0.1}
+    return Recipe(
+        dvae=DVAESettings(size=8, grid=2, codes=8, width=16, neck=8),
+        stage1=Stage1Settings(**how, start=16, usage=0.0),
+        vocabulary=60,
+        text_length=8,
+        transformer={"width": 16, "layers": 1, "heads": 2, "code_width": 4},
+        stage2=Stage2Settings(**how),
+        sampling=SamplingSettings(),
+        reducers=(reducer("powersgd", 1, precision), reducer("powersgd", 1, precision)),
+        precision=precision,
+        shards=shards,
+    )
+
+
+def train(context, out, chosen, options=EVERY_3, source=None):
+    """One process of a run, which leaves its model in the folder when it has come to the end."""
+    saver = RunCheckpoints(out / "checkpoints", options, context)
+    trained = recipe.train(source or Flags(), chosen, context, RunJournal(None, shown=False), saver)
+    if context.rank == 0:
+        trained.model.save(out, "demo", {})
+    return trained
+
+
+def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, wide=False):
+    """A rank of a run that may be killed on the way; the first tells where it begins, and every save that returned."""
+    if wide:
+        torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    context = Context(rank=rank, world_size=world_size)
+    save, resume = checkpoint.save, module.StageSaver.resume
+
+    def told(folder, step, **more):
+        save(folder, step, **more)
+        say(("saved", step))
+        if fate == ("signal", rank, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def resumed(self, states, registration):
+        first = resume(self, states, registration)
+        say(("begins", self._before + first))
+        return first
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "_ASK_SECONDS", 0.0)  # after every step
+    patch.setattr(checkpoint, "save", told)
+    patch.setattr(module.StageSaver, "resume", resumed)
+    if fate is not None and fate[0] == "kill" and rank in fate[1]:
+        # The time runs from here: what comes before is the same for every process.
+        threading.Timer(fate[2], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    trained = train(context, out, chosen, options, WideFlags() if wide else None)
+    say(("done", trained.stage2.final_loss, trained.stage1.stats.steps, len(trained.stage1.curve)))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run(out, world_size, *more, **named):
+    out.mkdir(exist_ok=True)
+    fates = run_mortals(world_size, _named, world_size, out, more, named)
+    return fates, [what for what in fates[0].said if what[0] != "done"]
+
+
+def _named(rank, say, folder, world_size, out, more, named):
+    job(rank, say, folder, world_size, out, *more, **named)
+
+
+def model(out):
+    return {name: load_file(out / f"{name}.safetensors") for name in ("dvae", "transformer")}
+
+
+def same(one, other):
+    return all(torch.equal(one[part][name], other[part][name]) for part in one for name in one[part])
+
+
+@pytest.mark.parametrize(
+    ("precision", "world_size", "shards"), [("fp32", 2, 1), ("fp16", 2, 1), ("fp32", 4, 2), ("fp16", 2, 2)]
+)
+def test_a_run_that_is_stopped_in_both_stages_is_the_undisturbed_one(tmp_path, precision, world_size, shards):
+    chosen = small(precision, shards)
+    fates, told = run(tmp_path / "whole", world_size, chosen, CheckpointOptions(every_seconds=0.0))
+    assert [fate.code for fate in fates] == [0] * world_size
+    assert told == [("begins", 0), ("saved", STEPS), ("begins", STEPS), ("saved", 2 * STEPS)]
+
+    out = tmp_path / "parts"
+    for stop, begins in ((3, 0), (STEPS + 6, 4)):
+        # The signal comes after a save at one step, so the next step saves again, and all leave.
+        fates, told = run(out, world_size, chosen, fate=("signal", world_size - 1, stop))
+        words = f"saved after step {(stop + 1) % STEPS} of stage {1 + stop // STEPS}"
+        assert all("Stopped: stopped by SIGTERM" in fate.error and words in fate.error for fate in fates)
+        assert told[0] == ("begins", begins)
+        assert told[-1] == ("saved", stop + 1)
+    fates, told = run(out, world_size, chosen)
+    assert told[0] == ("begins", STEPS + 7)
+    assert same(model(out), model(tmp_path / "whole"))
+    assert {fate.said[-1][2:] for fate in fates} == {(STEPS, STEPS)}
