@@ -1,21 +1,23 @@
-"""Both stages, one after the other, on any source: what the demo and the training on a folder have in common."""
+"""The stages, one after the other, on any source: what the demo and the training on a folder have in common."""
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import distopt
 
 from . import report, runs, sheets
 from .architectures import AnyDVAESettings, build
-from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
+from .checkpoints import RunCheckpoints, packed
 from .context import Context, Source, StageResult
+from .contrast import Contrast, ContrastSettings
 from .journal import RunJournal
 from .model import Model
 from .published import find_published, load_published
@@ -24,12 +26,12 @@ from .scenes import to_uint8
 from .settings import InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer
+from .stage3 import Stage3Settings, train_contrast
+from .stages import STAGES, Stages
 from .text import Tokenizer
-from .transformer import TransformerSettings
+from .transformer import Transformer, TransformerSettings
 
-_Stage = TypeVar("_Stage", Stage1Settings, Stage2Settings)
-STAGES = ("stage 1", "stage 2")
-_TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer")
+_TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer", "Stage 3: contrastive model")
 _TEXT = ("tokenizer", "text_length", "captions")
 _ROOM_FOR_TEXT = 4
 """Text positions beyond the longest training caption: what BPE dropout and other wordings take."""
@@ -37,7 +39,7 @@ _ROOM_FOR_TEXT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of both stages.
+    """The settings of all stages.
 
     Args:
         dvae: size of the discrete VAE.
@@ -47,8 +49,9 @@ class Recipe:
         text_length: text tokens of a caption, at most.
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
         stage2: how the transformer is trained.
+        stage3: how the contrastive model is trained that re-ranks samples; ``None`` trains none.
         sampling: how image tokens are drawn.
-        reducers: how the gradients of each stage are averaged.
+        reducers: how the gradients of stages 1 and 2 are averaged; those of stage 3 as in stage 1.
         precision: "fp32", "bf16" or "fp16".
         shards: ranks that hold one copy of the model together.
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
@@ -66,6 +69,7 @@ class Recipe:
     shards: int = 1
     pictures_every: int = 0
     weights: str | None = None
+    stage3: Stage3Settings | None = None
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
@@ -86,6 +90,7 @@ class Recipe:
         return {
             "stage1": dataclasses.asdict(self.stage1) if self.weights is None else {"weights": self.weights},
             "stage2": dataclasses.asdict(self.stage2),
+            "stage3": None if self.stage3 is None else dataclasses.asdict(self.stage3),
             "communication": [repr(reducer) for reducer in self.reducers],
             "precision": self.precision,
             "shards": self.shards,
@@ -94,25 +99,24 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained model with how its two stages went, and in which precision."""
+    """A trained model with how its stages went, and in which precision."""
 
     model: Model
-    stage1: StageResult
-    stage2: StageResult
+    stages: Sequence[StageResult]
     precision: str
 
     def figures(self) -> dict[str, Any]:
-        """``precision``, ``stage1`` and ``stage2`` for the report."""
-        stages = {"stage1": report.stage_figures(self.stage1), "stage2": report.stage_figures(self.stage2)}
+        """``precision``, ``stage1``, ``stage2`` and, where there was one, ``stage3`` for the report."""
+        stages = {f"stage{i}": report.stage_figures(result) for i, result in enumerate(self.stages, start=1)}
         return {"precision": self.precision, **stages}
 
     def draw_curves(self, out: Path) -> None:
-        """Write the loss curves of both stages and, where stage 2 had them, its gradient scales."""
-        curves = (self.stage1.curve, self.stage2.curve)
-        sheets.draw_losses(out / "loss.png", dict(zip(_TITLES, curves, strict=True)))
+        """Write the loss curves of all stages and, where stage 2 had them, its gradient scales."""
+        curves = [result.curve for result in self.stages]
+        sheets.draw_losses(out / "loss.png", dict(zip(_TITLES, curves, strict=False)))
         (out / runs.SCALES).unlink(missing_ok=True)
-        if self.stage2.scales:
-            sheets.draw_scales(out / runs.SCALES, self.stage2.scales)
+        if scales := self.stages[1].scales:
+            sheets.draw_scales(out / runs.SCALES, scales)
 
     def draw_reconstructions(self, path: Path, source: Source, context: Context) -> None:
         """Write a sheet of pictures beside what their argmax tokens decode to."""
@@ -140,7 +144,7 @@ def journal_of(out: Path, context: Context) -> Generator[RunJournal]:
 def train(
     source: Source, recipe: Recipe, context: Context, journal: RunJournal, checkpoints: RunCheckpoints | None = None
 ) -> Trained:
-    """Train the text tokenizer, the discrete VAE and the transformer, or what is left of that.
+    """Train the text tokenizer, the discrete VAE, the transformer and the contrastive model, or what is left of that.
 
     Args:
         source: pictures and captions.
@@ -159,54 +163,36 @@ def train(
     facts = _text(source, recipe) if saved is None else {name: saved[name] for name in _TEXT}
     if saved is not None:
         _go_on(saved, source, journal)
-    tokenizer, done = Tokenizer(facts["tokenizer"]), 0 if saved is None else saved["stage"]
-    shared = dataclasses.replace(
+    context = dataclasses.replace(
         context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
     )
-    if done == 2 and saved is not None:
-        stage1 = unpacked(saved["stage1"], build(recipe.dvae).to(context.device))
-    elif recipe.weights is not None:
+    going = Stages(recipe.reducers, context, journal, checkpoints, saved, facts)
+    tokenizer = Tokenizer(facts["tokenizer"])
+    if recipe.weights is not None:
         stage1 = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
+        going.facts["stage1"] = packed(stage1)
     else:
-        how = _divisible(recipe.stage1, context.world_size)
-        with _stage(1, recipe, shared, journal, checkpoints, facts, resumed=done == 1) as surroundings:
-            stage1 = train_dvae(source, recipe.dvae, how, surroundings)
+        stage1 = going.through(
+            1, recipe.stage1, functools.partial(train_dvae, source, recipe.dvae), functools.partial(build, recipe.dvae)
+        )
     dvae: Any = stage1.model.eval()
-    settings = TransformerSettings(
-        text_vocabulary=tokenizer.vocabulary,
-        text_length=facts["text_length"],
-        codes=recipe.dvae.codes,
-        grid=recipe.dvae.grid,
-        **recipe.transformer,
+    text = {"text_vocabulary": tokenizer.vocabulary, "text_length": facts["text_length"]}
+    settings = TransformerSettings(**text, codes=recipe.dvae.codes, grid=recipe.dvae.grid, **recipe.transformer)
+    second = functools.partial(train_transformer, source, dvae, tokenizer, settings)
+    stages = [stage1, going.through(2, recipe.stage2, second, functools.partial(Transformer, settings))]
+    if recipe.stage3 is not None:
+        seeing = ContrastSettings(**text, size=recipe.dvae.size)
+        third = functools.partial(train_contrast, source, dvae, tokenizer, seeing)
+        stages.append(going.through(3, recipe.stage3, third, functools.partial(Contrast, seeing)))
+    transformer, *rest = (cast(Any, result.model).eval() for result in stages[1:])
+    model = Model(
+        dvae=dvae,
+        transformer=transformer,
+        tokenizer=tokenizer,
+        sampling=recipe.sampling,
+        contrast=rest[0] if rest else None,
     )
-    how = _divisible(recipe.stage2, context.world_size)
-    facts = {**facts, "stage1": packed(stage1)}
-    with _stage(2, recipe, shared, journal, checkpoints, facts, resumed=done == 2) as surroundings:
-        stage2 = train_transformer(source, dvae, tokenizer, settings, how, surroundings)
-    transformer: Any = stage2.model.eval()
-    model = Model(dvae=dvae, transformer=transformer, tokenizer=tokenizer, sampling=recipe.sampling)
-    return Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
-
-
-@contextlib.contextmanager
-def _stage(
-    number: int,
-    recipe: Recipe,
-    context: Context,
-    journal: RunJournal,
-    checkpoints: RunCheckpoints | None,
-    facts: Mapping[str, Any],
-    *,
-    resumed: bool,
-) -> Generator[Context]:
-    """The surroundings of one stage."""
-    reducer, before = recipe.reducers[number - 1], recipe.stage1.steps if number == 2 else 0
-    with journal.stage(STAGES[number - 1]) as stage:
-        context = dataclasses.replace(context, reducer=reducer, journal=stage)
-        saver = None
-        if checkpoints is not None:
-            saver = StageSaver(checkpoints, context, number, before, facts, resumed=resumed)
-        yield dataclasses.replace(context, checkpoints=saver)
+    return Trained(model=model, stages=stages, precision=recipe.precision)
 
 
 def _text(source: Source, recipe: Recipe) -> dict[str, Any]:
@@ -222,8 +208,8 @@ def _go_on(saved: Mapping[str, Any], source: Source, journal: RunJournal) -> Non
     if saved["captions"] != _digest(source):
         raise InputError("--data: its captions are not those that the run in --out was begun with")
     stage, step = saved["stage"], saved["step"]
-    done = {STAGES[0]: saved["stage1"]["steps"], STAGES[1]: step} if stage == 2 else {STAGES[0]: step}
-    journal.begin(done)
+    finished = {STAGES[i]: saved[f"stage{i + 1}"]["steps"] for i in range(stage - 1)}
+    journal.begin({**finished, STAGES[stage - 1]: step})
     journal.say(f"goes on after step {step} of {STAGES[stage - 1]}")
 
 
@@ -248,12 +234,6 @@ def published_dvae(folder: Path, size: int, context: Context) -> StageResult:
     began = time.perf_counter()
     model = load_published(*find_published(folder), size).to(context.device)
     return StageResult(model=model, steps=0, final_loss=math.nan, curve=[], wall_seconds=time.perf_counter() - began)
-
-
-def _divisible(settings: _Stage, ranks: int) -> _Stage:
-    """The settings with the batch raised to what the ranks and their micro-batches divide: any number can run them."""
-    parts = ranks * settings.accumulate
-    return dataclasses.replace(settings, batch=math.ceil(settings.batch / parts) * parts)
 
 
 def seconds_since(began: float) -> float:

@@ -22,6 +22,7 @@ from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import TrainSettings
 from .stage2 import Stage2Settings
+from .stage3 import Stage3Settings
 
 _SHOWN = 24
 _COLUMNS = 6
@@ -124,6 +125,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
     two = _given(settings.stage2)
     names = ("width", "layers", "heads", "attention", "kernel", "activation", "code_width", "neighbours", "fixed_codes")
     shape = {name: two.pop(name) for name in names if name in two}
+    three = _given(settings.stage3)
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
@@ -135,6 +137,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         text_length=text_length,
         transformer=shape,
         stage2=Stage2Settings(**two),
+        stage3=Stage3Settings(**three) if three.get("steps", 1) else None,
         sampling=SamplingSettings(**_given(settings.sampling)),
         reducers=(averaged, averaged),
         precision=settings.precision,

@@ -90,7 +90,7 @@ def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, 
         # The time runs from here: what comes before is the same for every process.
         threading.Timer(fate[2], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     trained = train(context, out, chosen, options, WideFlags() if wide else None)
-    say(("done", trained.stage2.final_loss, trained.stage1.stats.steps, len(trained.stage1.curve)))
+    say(("done", trained.stages[1].final_loss, trained.stages[0].stats.steps, len(trained.stages[0].curve)))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
