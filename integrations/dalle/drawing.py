@@ -41,6 +41,7 @@ class Request:
         seed: decides them.
         sampling: fields of ``SamplingSettings`` that differ from the run's own.
         top: what is given of the picture.
+        best_of: samples that are drawn for each that is kept.
     """
 
     caption: str
@@ -48,6 +49,7 @@ class Request:
     seed: int = 0
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     top: Top | None = None
+    best_of: int = 1
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +64,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     meaning = f"how much more the caption counts; 1 is plain sampling {own}"
     parser.add_argument("--guidance", type=_number(0, _MOST_GUIDANCE), metavar="S", help=meaning)
+    meaning = "draw N for each picture and keep those that fit best by the run's contrastive model (default: 1)"
+    parser.add_argument("--best-of", type=_number(1, 256, whole=True), default=1, metavar="N", help=meaning)
     parser.add_argument("--image", type=Path, metavar="F", help="a picture whose top is continued")
     parser.add_argument(
         "--rows", type=_number(1, 512, whole=True), metavar="N", help="rows of its tokens that are kept"
@@ -83,9 +87,11 @@ def request_of(parsed: argparse.Namespace, run: Run) -> Request:
     if (parsed.image is None) != (parsed.rows is None):
         given, missing = ("--rows", "--image") if parsed.image is None else ("--image", "--rows")
         raise InputError(f"{given} needs {missing}: the picture, and how many rows of its tokens are kept")
+    if parsed.best_of > 1 and "contrast" not in run.settings:
+        raise InputError(f"--best-of {parsed.best_of}: {run.folder} has no contrastive model, which would choose")
     top = None if parsed.image is None else _top(parsed.image, parsed.rows, run)
     caption = " ".join(parsed.caption.split())
-    return Request(caption=caption, n=parsed.n, seed=parsed.seed, sampling=sampling, top=top)
+    return Request(caption=caption, n=parsed.n, seed=parsed.seed, sampling=sampling, top=top, best_of=parsed.best_of)
 
 
 def _top(path: Path, rows: int, run: Run) -> Top:

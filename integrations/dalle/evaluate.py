@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import rerank
 from .context import Context
 from .data import opening
 from .data.stream import StreamSource
@@ -17,7 +18,7 @@ from .folder import FolderSource
 from .grading import Score, evaluate_generation
 from .model import Model
 from .ranks import single_thread
-from .report import finite, framed, held_out_lines, score_lines
+from .report import best_of_lines, finite, framed, held_out_lines, score_lines
 from .runs import Run
 from .scenes import Scenes, to_uint8
 from .settings import InputError
@@ -27,6 +28,8 @@ _T = TypeVar("_T")
 SPLITS: tuple[str, ...] = ("s0", "s1", "s2")
 _HELD_OUT_LIMIT = 4096
 _BATCH = 256
+_PART = 50
+"""Captions whose candidates are drawn and judged as one piece of work."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ def evaluate(run: Run, device: str) -> None:
             seed, n, task_seed = (int(run.settings[name]) for name in ("seed", "n", "task_seed"))
         except (KeyError, TypeError, ValueError):
             raise InputError(f"--run {run.folder}: its settings are damaged") from None
-        figures, _ = score_scenes(model, Scenes(task_seed), n=n, show=0, context=Context(device=chosen, seed=seed))
-        lines = score_lines(figures)
+        task, context = Scenes(task_seed), Context(device=chosen, seed=seed)
+        figures, _ = score_scenes(model, task, n=n, show=0, context=context)
+        best, _ = score_best_of(model, task, n=n, context=context)
+        figures |= best
+        lines = [*score_lines(figures), *best_of_lines(figures)]
     else:
         data = run.settings["data"]
         source = opening.load(run.folder, size=model.dvae.settings.size, held_out=data["held_out"])
@@ -102,6 +108,38 @@ def score_scenes(
     tokenizer["codes"] = model.dvae.settings.codes
     figures = {"tokenizer": tokenizer, **{name: asdict(found.score) for name, found in samples.items()}}
     return {**figures, "control": asdict(control.score)}, samples
+
+
+def score_best_of(
+    model: Model, task: Scenes, *, n: int, context: Context
+) -> tuple[dict[str, Any], dict[str, rerank.Chosen]]:
+    """Score what the contrastive model chooses among several samples; the ranks share the work as in `score_scenes`.
+
+    Args:
+        model: what to score; without a contrastive model there is nothing to do.
+        task: gives the captions.
+        n: captions a split, at least; they are judged in pieces of equal size.
+        context: rank, world size, device and seed.
+
+    Returns:
+        ``best_of`` for the report, by split, see ``rerank.BestOf``; and a first piece of each split to show.
+    """
+    if model.contrast is None:
+        return {}, {}
+    parts = [(split, part) for part in range(-(-n // _PART)) for split in SPLITS]
+    jobs = [
+        lambda split=split, part=part: rerank.choose(
+            task, model, split=split, n=min(n, _PART), part=part, seed=context.seed
+        )
+        for split, part in parts
+    ]
+    found = dict(zip(parts, _share(jobs, context), strict=True))
+    figures: dict[str, Any] = {}
+    for split in SPLITS:
+        mine = [chosen for (name, _), chosen in found.items() if name == split]
+        right, best = (np.concatenate([getattr(chosen, name) for chosen in mine]) for name in ("right", "best"))
+        figures[split] = rerank.count(right, best).figures()
+    return {"best_of": figures}, {split: found[split, 0] for split in SPLITS}
 
 
 @torch.no_grad()

@@ -32,11 +32,16 @@ def write_samples(run: Run, request: Request, out: Path, *, device: str) -> None
     model = Model.load(run, torch.device(device))
     model = dataclasses.replace(model, sampling=dataclasses.replace(model.sampling, **request.sampling))
     codes = None if request.top is None else top_codes(model, request.top)
-    pictures = model.draw([request.caption] * request.n, request.seed, codes)
+    if request.best_of > 1:
+        pictures = model.draw_best(request.caption, request.seed, codes, n=request.n, of=request.best_of)
+    else:
+        pictures = model.draw([request.caption] * request.n, request.seed, codes)
     if request.n == 1:
         sheets.draw_picture(out, pictures[0])
         return
     note = f"{request.n} samples, seed {request.seed}"
+    if request.best_of > 1:
+        note = f"the best {request.n} of {request.n * request.best_of} samples, the best one first, seed {request.seed}"
     if request.top is not None:
         note += f", the upper {request.top.rows} of {model.transformer.settings.grid} rows of tokens given"
     section = sheets.Section(request.caption, note, [sheets.Cell([picture]) for picture in pictures])

@@ -95,6 +95,20 @@ def score_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def best_of_lines(report: Mapping[str, Any]) -> list[str]:
+    """Lines with what re-ranking gains; none for a run without a contrastive model."""
+    lines = []
+    for split, found in report.get("best_of", {}).items():
+        gain, picked = found["gain"], found["picked"]
+        lines.append(
+            f"{split.upper()}  best of {found['candidates']} by the contrastive model".ljust(40)
+            + f"{picked['exact']:7.1%}   {100 * gain['points']:+.1f} points "
+            f"({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}), "
+            f"ceiling {found['ceiling']['exact']:.1%}, n = {picked['n']}"
+        )
+    return lines
+
+
 def held_out_lines(report: Mapping[str, Any]) -> list[str]:
     """Lines with the losses of a folder's report."""
     tokenizer, held_out = report["tokenizer"], report["held_out"]

@@ -14,6 +14,8 @@ REPORT = "report.json"
 DVAE = "dvae.safetensors"
 TRANSFORMER = "transformer.safetensors"
 TOKENIZER = "tokenizer.json"
+CONTRAST = "contrast.safetensors"
+"""Of runs that have a contrastive model."""
 SCALES = "scales.png"
 _KINDS = ("demo", "folder")
 
