@@ -27,7 +27,7 @@ from distopt.errors import SettingError
 from .architectures import AnyDVAESettings, build
 from .batches import chunks
 from .context import Context, Source, StageResult, Stream
-from .data.batches import pictures_of
+from .data.batches import pictures_at
 from .dvae import DVAE
 from .precision import LossScaler, Scaler, adamw
 from .relaxed import RelaxedVAE, gumbel
@@ -305,7 +305,7 @@ def _batch(
     """This rank's pictures of ``step``, and the Gumbel noise of their logits."""
     pictures, noises = [], []
     if isinstance(source, Stream):
-        pictures.append(pictures_of(source, context.part(STAGE, step, settings.batch)))
+        pictures.append(pictures_at(source, context.part(STAGE, step, settings.batch)))
     for chunk in chunks(context, STAGE, step, settings.batch):
         if not isinstance(source, Stream):
             pictures.append(source.pictures(chunk.rows, chunk.rng)[chunk.kept])

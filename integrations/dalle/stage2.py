@@ -21,7 +21,7 @@ import distopt
 from .batches import chunks
 from .codes import Codec, code_vectors
 from .context import Context, Source, StageResult, Stream
-from .data.batches import text_and_pictures_of
+from .data.batches import text_and_pictures_at
 from .precision import LossScaler, Scaler, adamw
 from .sampling import sample
 from .schedules import StageSettings, is_share
@@ -223,7 +223,7 @@ def _batch(
             return tokenizer.encode(captions, model.text_length, rng=rng, dropout=settings.bpe_dropout)
 
         part = context.part(STAGE, step, settings.batch)
-        text, drawn = text_and_pictures_of(source, part, encode, settings.uncaptioned)
+        text, drawn = text_and_pictures_at(source, part, encode, settings.uncaptioned)
         return text, dvae.tokenize(drawn.to(context.device))
     for chunk in chunks(context, STAGE, step, settings.batch):
         # A fraction of a picture is left to chance.
