@@ -20,7 +20,7 @@ from .journal import RunJournal
 from .model import Model
 from .sampling import SamplingSettings
 from .scenes import to_uint8
-from .settings import InputError
+from .settings import CheckpointOptions, InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer
 from .text import Tokenizer
@@ -50,6 +50,7 @@ class Recipe:
         precision: "fp32", "bf16" or "fp16".
         shards: ranks that hold one copy of the model together.
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
+        checkpoint: when the run saves itself.
     """
 
     dvae: DVAESettings
@@ -63,6 +64,7 @@ class Recipe:
     precision: str = "fp32"
     shards: int = 1
     pictures_every: int = 0
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
