@@ -70,7 +70,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     chosen = _recipe(settings)
     with recipe.journal_of(out, context) as journal:
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
         trained = recipe.train(task, chosen, context, journal, checkpoints)
         journal.say(f"sampling and scoring {settings.n} captions of each split")
         figures, samples = score_scenes(trained.model, task, n=settings.n, show=_SHOWN, context=context)
@@ -130,6 +130,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         precision=settings.precision,
         shards=settings.shard,
         pictures_every=settings.pictures_every,
+        checkpoint=settings.checkpoint,
     )
 
 

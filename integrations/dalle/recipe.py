@@ -23,7 +23,7 @@ from .model import Model
 from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .scenes import to_uint8
-from .settings import InputError
+from .settings import CheckpointOptions, InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer
 from .stage3 import Stage3Settings, train_contrast
@@ -55,6 +55,7 @@ class Recipe:
         precision: "fp32", "bf16" or "fp16".
         shards: ranks that hold one copy of the model together.
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
+        checkpoint: when the run saves itself.
     """
 
     dvae: AnyDVAESettings
@@ -70,6 +71,7 @@ class Recipe:
     pictures_every: int = 0
     weights: str | None = None
     stage3: Stage3Settings | None = None
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""

@@ -100,11 +100,14 @@ class Stage2Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage; no number changes."""
+    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage."""
 
     every_steps: int = _number(0, 0, 10_000_000, "steps between two saves; 0: not by steps")
     every_seconds: float = _number(120.0, 0.0, 1e7, "seconds between two saves; 0: not by time")
     keep: int = _number(2, 1, 1000, "how many of the newest are kept")
+    exact: bool = dataclasses.field(
+        default=True, metadata={"meaning": "save each rank's residuals, not only their mean"}
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

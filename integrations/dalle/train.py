@@ -50,7 +50,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         for line in source.summary():
             journal.say(line)
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
         trained = recipe.train(source, chosen, context, journal, checkpoints)
     broken = batches.broken_of(source, context)
     if context.rank != 0:
@@ -143,6 +143,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         precision=settings.precision,
         shards=settings.shard,
         pictures_every=settings.pictures_every,
+        checkpoint=settings.checkpoint,
     )
 
 
