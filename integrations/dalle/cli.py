@@ -256,6 +256,7 @@ def _add_fresh(parser: argparse.ArgumentParser) -> None:
 
 
 _ALSO = {"stage1.steps": "--steps-1", "stage2.steps": "--steps-2", "steps_1": "--steps-1", "steps_2": "--steps-2"}
+_ALSO |= {"stage3.steps": "--steps-3", "steps_3": "--steps-3"}
 """Names that fields have besides their own."""
 _HIDDEN = ("n", "steps_1", "steps_2")
 """Fields of the demo that have no flag of their own name."""

@@ -10,7 +10,7 @@ from . import recipe, report, resume, runs, sheets
 from .checkpoints import RunCheckpoints
 from .context import Context
 from .dvae import DVAESettings
-from .evaluate import Graded, score_scenes
+from .evaluate import Graded, score_best_of, score_scenes
 from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
@@ -18,6 +18,7 @@ from .scenes import Scenes
 from .settings import DemoSettings
 from .stage1 import Stage1Settings
 from .stage2 import Stage2Settings
+from .stage3 import Stage3Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,21 @@ class _Size:
     dvae: DVAESettings
     stage1: Stage1Settings
     stage2: Stage2Settings
-    ranks: tuple[int, int]
+    stage3: Stage3Settings
+    ranks: tuple[int, int, int]
 
 
 _SIZES = {
     # At rank 4 the tokenizer loses three pictures in a hundred.
-    "demo": _Size(dvae=DVAESettings(), stage1=Stage1Settings(), stage2=Stage2Settings(), ranks=(8, 6)),
+    "demo": _Size(
+        dvae=DVAESettings(), stage1=Stage1Settings(), stage2=Stage2Settings(), stage3=Stage3Settings(), ranks=(8, 6, 8)
+    ),
     "small": _Size(
         dvae=DVAESettings(codes=256),
         stage1=Stage1Settings(steps=12_000, averaging=0.999),
         stage2=Stage2Settings(steps=12_000),
-        ranks=(16, 8),
+        stage3=Stage3Settings(steps=2000),
+        ranks=(16, 8, 8),
     ),
 }
 _VOCABULARY = 256
@@ -69,6 +74,8 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
         trained = recipe.train(task, chosen, context, journal, checkpoints)
         journal.say(f"sampling and scoring {settings.n} captions of each split")
         figures, samples = score_scenes(trained.model, task, n=settings.n, show=_SHOWN, context=context)
+        best, chosen = score_best_of(trained.model, task, n=settings.n, context=context)
+        figures |= best
     if context.rank != 0:
         return
     full = {
@@ -91,6 +98,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     resume.finish(out)
     lines = [
         *report.score_lines(full),
+        *report.best_of_lines(full),
         *report.stage_lines(full),
         *report.precision_lines(full),
         *report.file_lines(out),
@@ -105,7 +113,10 @@ def _recipe(settings: DemoSettings) -> Recipe:
         stage1 = dataclasses.replace(stage1, steps=settings.steps_1)
     if settings.steps_2 is not None:
         stage2 = dataclasses.replace(stage2, steps=settings.steps_2)
-    first, second = (reducer(settings.reducer, settings.rank or default, settings.precision) for default in size.ranks)
+    stage3 = size.stage3 if settings.steps_3 != 0 else None
+    if stage3 is not None and settings.steps_3 is not None:
+        stage3 = dataclasses.replace(stage3, steps=settings.steps_3)
+    ranks = [settings.rank or default for default in size.ranks]
     return Recipe(
         dvae=size.dvae,
         stage1=stage1,
@@ -114,7 +125,8 @@ def _recipe(settings: DemoSettings) -> Recipe:
         transformer={},
         stage2=stage2,
         sampling=SamplingSettings(),
-        reducers=(first, second),
+        stage3=stage3,
+        reducers=[reducer(settings.reducer, rank, settings.precision) for rank in ranks],
         precision=settings.precision,
         shards=settings.shard,
         pictures_every=settings.pictures_every,

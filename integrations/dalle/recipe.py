@@ -1,20 +1,23 @@
-"""Both stages, one after the other, on any source: what the demo and the training on a folder have in common."""
+"""The stages, one after the other, on any source: what the demo and the training on a folder have in common."""
 
 import contextlib
 import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import nn
 
 import distopt
 
 from . import report, runs, sheets
 from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
 from .context import Context, Source, StageResult
+from .contrast import Contrast, ContrastSettings
 from .dvae import DVAE, DVAESettings
 from .journal import RunJournal
 from .model import Model
@@ -23,12 +26,13 @@ from .scenes import to_uint8
 from .settings import InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer
+from .stage3 import Stage3Settings, train_contrast
 from .text import Tokenizer
-from .transformer import TransformerSettings
+from .transformer import Transformer, TransformerSettings
 
-_Stage = TypeVar("_Stage", Stage1Settings, Stage2Settings)
-STAGES = ("stage 1", "stage 2")
-_TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer")
+_Stage = TypeVar("_Stage", Stage1Settings, Stage2Settings, Stage3Settings)
+STAGES = ("stage 1", "stage 2", "stage 3")
+_TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer", "Stage 3: contrastive model")
 _TEXT = ("tokenizer", "text_length", "captions")
 _ROOM_FOR_TEXT = 4
 """Text positions beyond the longest training caption: what BPE dropout and other wordings take."""
@@ -36,7 +40,7 @@ _ROOM_FOR_TEXT = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of both stages.
+    """The settings of all stages.
 
     Args:
         dvae: size of the discrete VAE.
@@ -46,7 +50,8 @@ class Recipe:
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
         stage2: how the transformer is trained.
         sampling: how image tokens are drawn.
-        reducers: how the gradients of each stage are averaged.
+        reducers: how the gradients of each stage are averaged; the last one also those of all that follow.
+        stage3: how the contrastive model is trained; ``None`` trains none.
         precision: "fp32", "bf16" or "fp16".
         shards: ranks that hold one copy of the model together.
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
@@ -59,7 +64,8 @@ class Recipe:
     transformer: dict[str, Any]
     stage2: Stage2Settings
     sampling: SamplingSettings
-    reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
+    reducers: Sequence[distopt.AllReduce | distopt.PowerSGD]
+    stage3: Stage3Settings | None = None
     precision: str = "fp32"
     shards: int = 1
     pictures_every: int = 0
@@ -83,6 +89,7 @@ class Recipe:
         return {
             "stage1": dataclasses.asdict(self.stage1),
             "stage2": dataclasses.asdict(self.stage2),
+            "stage3": None if self.stage3 is None else dataclasses.asdict(self.stage3),
             "communication": [repr(reducer) for reducer in self.reducers],
             "precision": self.precision,
             "shards": self.shards,
@@ -91,22 +98,28 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained model with how its two stages went, and in which precision."""
+    """A trained model with how its stages went, and in which precision; not every model has a third stage."""
 
     model: Model
     stage1: StageResult
     stage2: StageResult
     precision: str
+    stage3: StageResult | None = None
+
+    @property
+    def stages(self) -> list[StageResult]:
+        """Those that there were, in their order."""
+        return [stage for stage in (self.stage1, self.stage2, self.stage3) if stage is not None]
 
     def figures(self) -> dict[str, Any]:
-        """``precision``, ``stage1`` and ``stage2`` for the report."""
-        stages = {"stage1": report.stage_figures(self.stage1), "stage2": report.stage_figures(self.stage2)}
+        """``precision``, ``stage1``, ``stage2`` and, where there was one, ``stage3`` for the report."""
+        stages = {f"stage{number}": report.stage_figures(stage) for number, stage in enumerate(self.stages, 1)}
         return {"precision": self.precision, **stages}
 
     def draw_curves(self, out: Path) -> None:
-        """Write the loss curves of both stages and, where stage 2 had them, its gradient scales."""
-        curves = (self.stage1.curve, self.stage2.curve)
-        sheets.draw_losses(out / "loss.png", dict(zip(_TITLES, curves, strict=True)))
+        """Write the loss curves of all stages and, where stage 2 had them, its gradient scales."""
+        curves = [stage.curve for stage in self.stages]
+        sheets.draw_losses(out / "loss.png", dict(zip(_TITLES, curves, strict=False)))
         (out / runs.SCALES).unlink(missing_ok=True)
         if self.stage2.scales:
             sheets.draw_scales(out / runs.SCALES, self.stage2.scales)
@@ -137,7 +150,7 @@ def journal_of(out: Path, context: Context) -> Generator[RunJournal]:
 def train(
     source: Source, recipe: Recipe, context: Context, journal: RunJournal, checkpoints: RunCheckpoints | None = None
 ) -> Trained:
-    """Train the text tokenizer, the discrete VAE and the transformer, or what is left of that.
+    """Train the text tokenizer and the networks of all stages, or what is left of that.
 
     Args:
         source: pictures and captions.
@@ -156,38 +169,63 @@ def train(
     facts = _text(source, recipe) if saved is None else {name: saved[name] for name in _TEXT}
     if saved is not None:
         _go_on(saved, source, journal)
-    tokenizer, done = Tokenizer(facts["tokenizer"]), 0 if saved is None else saved["stage"]
+    tokenizer = Tokenizer(facts["tokenizer"])
     shared = dataclasses.replace(
         context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
     )
-    if done == 2 and saved is not None:
-        stage1 = unpacked(saved["stage1"], DVAE(recipe.dvae).to(context.device))
-    else:
-        how = _divisible(recipe.stage1, context.world_size)
-        with _stage(1, recipe, shared, journal, checkpoints, facts, resumed=done == 1) as surroundings:
-            stage1 = train_dvae(source, recipe.dvae, how, surroundings)
+
+    def stage(
+        number: int, how: _Stage, shape: Callable[[], nn.Module], run: Callable[[_Stage, Context], StageResult]
+    ) -> StageResult:
+        """Train a stage, unless the checkpoint is of a later one and has it."""
+        done = 0 if saved is None else saved["stage"]
+        if saved is not None and done > number:
+            result = unpacked(saved[f"stage{number}"], shape().to(context.device))
+        else:
+            with _stage(number, shared, recipe, journal, checkpoints, facts, resumed=done == number) as surroundings:
+                result = run(_divisible(how, context.world_size), surroundings)
+        facts[f"stage{number}"] = packed(result)
+        return result
+
+    stage1 = stage(
+        1, recipe.stage1, lambda: DVAE(recipe.dvae), lambda how, where: train_dvae(source, recipe.dvae, how, where)
+    )
     dvae: Any = stage1.model.eval()
-    settings = TransformerSettings(
+    size = TransformerSettings(
         text_vocabulary=tokenizer.vocabulary,
         text_length=facts["text_length"],
         codes=recipe.dvae.codes,
         grid=recipe.dvae.grid,
         **recipe.transformer,
     )
-    how = _divisible(recipe.stage2, context.world_size)
-    facts = {**facts, "stage1": packed(stage1)}
-    with _stage(2, recipe, shared, journal, checkpoints, facts, resumed=done == 2) as surroundings:
-        stage2 = train_transformer(source, dvae, tokenizer, settings, how, surroundings)
-    transformer: Any = stage2.model.eval()
-    model = Model(dvae=dvae, transformer=transformer, tokenizer=tokenizer, sampling=recipe.sampling)
-    return Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
+    stage2 = stage(
+        2,
+        recipe.stage2,
+        lambda: Transformer(size),
+        lambda how, where: train_transformer(source, dvae, tokenizer, size, how, where),
+    )
+    model = Model(dvae=dvae, transformer=stage2.model.eval(), tokenizer=tokenizer, sampling=recipe.sampling)
+    trained = Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
+    if recipe.stage3 is None:
+        return trained
+    shape = ContrastSettings(
+        text_vocabulary=tokenizer.vocabulary, text_length=facts["text_length"], size=recipe.dvae.size
+    )
+    stage3 = stage(
+        3,
+        recipe.stage3,
+        lambda: Contrast(shape),
+        lambda how, where: train_contrast(source, dvae, tokenizer, shape, how, where),
+    )
+    model = dataclasses.replace(model, contrast=stage3.model.eval())
+    return dataclasses.replace(trained, model=model, stage3=stage3)
 
 
 @contextlib.contextmanager
 def _stage(
     number: int,
-    recipe: Recipe,
     context: Context,
+    recipe: Recipe,
     journal: RunJournal,
     checkpoints: RunCheckpoints | None,
     facts: Mapping[str, Any],
@@ -195,7 +233,8 @@ def _stage(
     resumed: bool,
 ) -> Generator[Context]:
     """The surroundings of one stage."""
-    reducer, before = recipe.reducers[number - 1], recipe.stage1.steps if number == 2 else 0
+    reducer = recipe.reducers[min(number, len(recipe.reducers)) - 1]
+    before = sum(stage.steps for stage in (recipe.stage1, recipe.stage2)[: number - 1])
     with journal.stage(STAGES[number - 1]) as stage:
         context = dataclasses.replace(context, reducer=reducer, journal=stage)
         saver = None
@@ -217,7 +256,8 @@ def _go_on(saved: Mapping[str, Any], source: Source, journal: RunJournal) -> Non
     if saved["captions"] != _digest(source):
         raise InputError("--data: its captions are not those that the run in --out was begun with")
     stage, step = saved["stage"], saved["step"]
-    done = {STAGES[0]: saved["stage1"]["steps"], STAGES[1]: step} if stage == 2 else {STAGES[0]: step}
+    done = {STAGES[number - 1]: saved[f"stage{number}"]["steps"] for number in range(1, stage)}
+    done[STAGES[stage - 1]] = step
     journal.begin(done)
     journal.say(f"goes on after step {step} of {STAGES[stage - 1]}")
 
@@ -231,7 +271,7 @@ def _digest(source: Source) -> str:
 
 def _divisible(settings: _Stage, ranks: int) -> _Stage:
     """The settings with the batch raised to what the ranks and their micro-batches divide: any number can run them."""
-    parts = ranks * settings.accumulate
+    parts = ranks * settings.accumulate * getattr(settings, "group", 1)
     return dataclasses.replace(settings, batch=math.ceil(settings.batch / parts) * parts)
 
 

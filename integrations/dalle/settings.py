@@ -77,6 +77,18 @@ class Stage2Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage3Options:
+    """The table ``[stage3]``: the contrastive model that re-ranks samples. What is left out keeps its default."""
+
+    steps: int = _number(0, 0, 10_000_000, "optimizer steps; 0 trains no such model")
+    batch: int | None = _number(None, 2, 65_536, "pairs a step, over all ranks; a multiple of group")
+    learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
+    accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
+    group: int | None = _number(None, 2, 4096, "pairs that are compared with each other")
+    pool: int | None = _number(None, 2, 65_536, "pairs that a group is chosen from, by how many words they share")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage; no number changes."""
 
@@ -145,6 +157,7 @@ class TrainSettings:
             its own.
         stage1: the discrete VAE.
         stage2: the transformer.
+        stage3: the contrastive model that re-ranks samples.
         communication: how gradients are averaged.
         pictures_every: steps between pictures in TensorBoard; 0 draws none.
         sampling: how image tokens are drawn.
@@ -168,6 +181,7 @@ class TrainSettings:
     shard: int = _number(1, 1, 1024, "ranks that hold one copy of the model together")
     stage1: Stage1Options = Stage1Options()
     stage2: Stage2Options = Stage2Options()
+    stage3: Stage3Options = Stage3Options()
     communication: CommunicationOptions = CommunicationOptions()
     pictures_every: int = _number(500, 0, 10_000_000, "steps between pictures in TensorBoard; 0: none")
     sampling: SamplingOptions = SamplingOptions()
@@ -206,6 +220,7 @@ class DemoSettings:
         seed: decides initial weights, batches and samples; the task itself is always the same.
         steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the preset.
         steps_2: the same for stage 2.
+        steps_3: the same for stage 3; 0 trains nothing that re-ranks.
         reducer: "powersgd" or "allreduce".
         rank: of PowerSGD; ``None`` is the preset's own.
         precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
@@ -222,6 +237,7 @@ class DemoSettings:
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
     steps_1: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 1")
     steps_2: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 2")
+    steps_3: int | None = _number(None, 0, 10_000_000, "optimizer steps of stage 3; 0: none")
     reducer: str = _choice("powersgd", ("powersgd", "allreduce"), "compressed, or exact")
     rank: int | None = _number(None, 1, 1024, "rank of the compressed gradient")
     precision: str = _choice("fp32", PRECISIONS, "what products are computed in")

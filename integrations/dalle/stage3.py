@@ -11,24 +11,22 @@ name combinations that no training caption names, and always as wrong answers.
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021, section 2.3.
 """
 
-import copy
 import dataclasses
-import time
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import distopt
 from distopt.errors import SettingError
 
-from .averaging import Averaged
 from .codes import Codec
-from .context import Context, Source, StageResult, distribute
+from .context import Context, Source, StageResult
 from .contrast import Contrast, ContrastSettings
-from .precision import LossScaler, Stepper, adamw
+from .precision import LossScaler, Scaler, adamw
 from .schedules import StageSettings, is_positive_integer
 from .text import PAD, Tokenizer
+from .trainer import Batch, Loss, train
 
 STAGE = 3
 """The number of this stage in the seeds of its batches."""
@@ -93,52 +91,80 @@ def train_contrast(
         tokenizer: tokenises captions.
         model: the model's size.
         settings: how it is trained.
-        context: rank, device, seed, reducer and journal. Products are computed in float32 whatever the precision.
+        context: rank, device, seed, reducer, journal and checkpoints. Its precision counts for nothing: products are
+            computed in float32.
 
     Returns:
         The model with averaged weights in eval mode. ``final_loss`` is this rank's mean loss over the last twentieth
         of the steps, before averaging.
 
     Raises:
-        SettingError: if the groups of a batch cannot be divided over the ranks.
+        SettingError: the groups of a batch cannot be divided over the ranks and their micro-batches.
+        Stopped: a signal asked to stop; everything has been saved.
     """
-    groups, left = divmod(settings.batch // settings.group, context.world_size)
-    if left:
-        allowed = f"a multiple of the {context.world_size} ranks times the group of {settings.group}"
+    each = context.world_size * settings.accumulate
+    if (settings.batch // settings.group) % each:
+        allowed = f"a multiple of {each * settings.group}: groups of {settings.group}, over {context.world_size} ranks"
         raise SettingError("Stage3Settings.batch", settings.batch, allowed)
-    began = time.perf_counter()
     context = dataclasses.replace(context, precision="fp32")
-    with torch.random.fork_rng():
-        torch.manual_seed(context.seed)
-        contrast = Contrast(model).to(context.device)
-    whole = copy.deepcopy(contrast).to("meta")
-    trained, registration = distribute(contrast, context, [*contrast.around, contrast.between])
-    averaged = Averaged(contrast)
-    rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    optimizer = adamw(contrast.named_parameters(), context, **rules)
-    scaler = LossScaler(context.device.type, enabled=False)
-    stepper = Stepper(contrast.parameters(), optimizer, scaler, settings.clip, settings.steps, context)
-    curve: list[tuple[int, float]] = []
-    trained.train()
-    loader = (batch_of(source, dvae, tokenizer, model, settings, context, step) for step in range(settings.steps))
-    for step, window in enumerate(distopt.accumulate(loader, trained, steps=1, weight=lambda _: groups)):
-        for pictures, text in window:
-            loss = trained(pictures, text)
-            window.backward(loss.total * groups)
-        if stepper.step(settings.learning_rate_at(step)):
-            averaged.move(1 / (1 + settings.averaging * (stepper.taken - 1)) if settings.averaging else 1.0)
-        curve.append((step, loss.total.item()))
-        values = {"loss": curve[-1][1], "right": loss.right.item()}
-        context.log(step + 1, settings.steps, {**values, "learning_rate": settings.learning_rate_at(step)})
-    last = [value for _, value in curve[-max(1, settings.steps // 20) :]]
-    return StageResult(
-        model=averaged.write(whole),
-        steps=settings.steps,
-        final_loss=sum(last) / len(last),
-        curve=curve,
-        wall_seconds=time.perf_counter() - began,
-        stats=None if registration is None else registration.stats(),
-    )
+    return train(_Stage(source, dvae, tokenizer, model, settings, context), context)
+
+
+class _Stage:
+    """What the trainer is told of stage 3; the rows of a batch are groups."""
+
+    grad_scaler = None
+
+    def __init__(
+        self,
+        source: Source,
+        dvae: Codec,
+        tokenizer: Tokenizer,
+        model: ContrastSettings,
+        settings: Stage3Settings,
+        context: Context,
+    ) -> None:
+        self.settings = settings
+        self._source, self._dvae, self._tokenizer, self._context = source, dvae, tokenizer, context
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            self.model = Contrast(model).to(context.device)
+
+    def units(self) -> list[nn.Module]:
+        return [*self.model.around, self.model.between]
+
+    def by_columns(self) -> list[nn.Parameter]:
+        return []
+
+    def optimizer(self) -> Optimizer:
+        settings = self.settings
+        rules = {"lr": settings.learning_rate, "betas": settings.betas, "weight_decay": settings.weight_decay}
+        return adamw(self.model.named_parameters(), self._context, **rules)
+
+    def scaler(self) -> Scaler:
+        return LossScaler(self._context.device.type, enabled=False)
+
+    def batch(self, step: int) -> Batch:
+        return batch_of(
+            self._source, self._dvae, self._tokenizer, self.model.settings, self.settings, self._context, step
+        )
+
+    def weight(self, batch: Batch) -> dict[str, float]:
+        return {"pairs": batch[1].shape[0] * batch[1].shape[1]}
+
+    def loss(self, trained: nn.Module, batch: Batch, step: int) -> Loss:
+        found = trained(*batch)
+        return Loss({"pairs": found.total * self.weight(batch)["pairs"]}, {"right": found.right})
+
+    def weight_of_last(self, taken: int) -> float:
+        return 1 / (1 + self.settings.averaging * taken) if self.settings.averaging else 1.0
+
+    def values(self, step: int) -> dict[str, float]:
+        return {"learning_rate": self.settings.learning_rate_at(step)}
+
+    def look(self, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Nothing to see: what the model learns is a number."""
+        return {"scale": self.model.log_scale.exp().item()}, {}
 
 
 @torch.no_grad()
