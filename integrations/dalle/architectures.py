@@ -2,11 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from distopt.errors import SettingError
 
 from .dvae import DVAE, DVAESettings
 from .paper_dvae import PaperDVAE, PaperDVAESettings
+from .published import find_published, published_settings
 from .relaxed import RelaxedVAE
+from .settings import Stage1Options
 
 AnyDVAESettings = DVAESettings | PaperDVAESettings
 _SETTINGS: dict[str, type[AnyDVAESettings]] = {"small": DVAESettings, "paper": PaperDVAESettings}
@@ -20,6 +25,33 @@ def build(settings: AnyDVAESettings) -> RelaxedVAE:
         'DVAE'
     """
     return DVAE(settings) if isinstance(settings, DVAESettings) else PaperDVAE(settings)
+
+
+def settings_of(options: Stage1Options, size: int) -> AnyDVAESettings:
+    """The dVAE's settings, from what a user chose; what is left out keeps the architecture's own default.
+
+    Args:
+        options: checked already.
+        size: side of the pictures, in pixels.
+
+    Raises:
+        InputError: the weights that are named cannot be read.
+        SettingError: something does not suit the architecture or the weights.
+
+    Example:
+        >>> settings_of(Stage1Options(architecture="paper", patch=8, n_hid=16), 32).grid
+        4
+    """
+    if options.weights is not None:
+        found = published_settings(*find_published(Path(options.weights)), size)
+        if options.codes not in (None, found.codes):
+            raise SettingError("stage1.codes", options.codes, f"{found.codes}, as the weights have, or left out")
+        return found
+    names = ("codes", "likelihood", "log_scale_floor", "n_hid", "n_init", "blocks", "width", "neck")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.architecture == "paper":
+        return PaperDVAESettings(size=size, groups=options.patch.bit_length(), **given)
+    return DVAESettings(size=size, grid=size // options.patch, **given)
 
 
 def to_table(settings: Any) -> dict[str, Any]:

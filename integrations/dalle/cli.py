@@ -101,6 +101,10 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     check_shard(settings, ranks)
     check_batch(settings, ranks)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
+    if settings.stage1.weights is not None:
+        from .architectures import settings_of
+
+        settings_of(settings.stage1, settings.size)
     if parsed.check:
         if place is None or place.rank == 0:
             _check_only(settings, data, out, ranks)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from distopt.errors import DistoptError, SettingError
 
+from .schedules import LENGTH, is_length
+
 MAX_SEED = 2**63 - 1
 _T = TypeVar("_T")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
@@ -30,6 +32,16 @@ def number(default: Any, low: float, high: float, meaning: str) -> Any:
 def choice(default: Any, options: tuple[str, ...], meaning: str) -> Any:
     """A field of one of some texts."""
     return dataclasses.field(default=default, metadata={"options": options, "meaning": meaning})
+
+
+def text(meaning: str) -> Any:
+    """A field of any text, or of none."""
+    return dataclasses.field(default=None, metadata={"meaning": meaning})
+
+
+def length(meaning: str) -> Any:
+    """A field of a length of a run, as ``schedules`` defines it, or of none."""
+    return dataclasses.field(default=None, metadata={"length": True, "meaning": meaning})
 
 
 def check(settings: Any, prefix: str = "") -> None:
@@ -131,6 +143,10 @@ def check_value(name: str, value: Any, field: dataclasses.Field[Any], allowed: t
     Raises:
         SettingError: by the name ``name``, if it is of the wrong type or out of range.
     """
+    if "length" in field.metadata:
+        if not is_length(value):
+            raise SettingError(name, value, LENGTH)
+        return value
     kind = next(option for option in allowed if option is not type(None))
     if typing.get_origin(kind) is tuple:
         return _check_numbers(name, value, field, typing.get_args(kind))

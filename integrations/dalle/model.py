@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from . import runs
+from . import architectures, runs
 from .contrast import Contrast, ContrastSettings
-from .dvae import DVAE, DVAESettings
 from .grading import generate
+from .relaxed import RelaxedVAE
 from .sampling import SamplingSettings
 from .scenes import to_tensor, to_uint8
 from .settings import InputError
@@ -29,7 +29,7 @@ class Model:
     ``contrast`` chooses among samples; runs without it cannot choose.
     """
 
-    dvae: DVAE
+    dvae: RelaxedVAE
     transformer: Transformer
     tokenizer: Tokenizer
     sampling: SamplingSettings
@@ -94,7 +94,7 @@ class Model:
         settings = {
             "format": runs.FORMAT,
             "kind": kind,
-            "dvae": dataclasses.asdict(self.dvae.settings),
+            "dvae": architectures.to_table(self.dvae.settings),
             "transformer": dataclasses.asdict(self.transformer.settings),
             "sampling": dataclasses.asdict(self.sampling),
             **more,
@@ -109,7 +109,7 @@ class Model:
             InputError: a file is damaged, or does not belong to the settings.
         """
         try:
-            dvae = DVAE(DVAESettings(**run.settings["dvae"]))
+            dvae = architectures.build(architectures.from_table(run.settings["dvae"]))
             dvae.load_state_dict(load_file(run.folder / runs.DVAE))
             transformer = Transformer(TransformerSettings(**run.settings["transformer"]))
             transformer.load_state_dict(load_file(run.folder / runs.TRANSFORMER))

@@ -12,10 +12,11 @@ import torch
 import distopt
 from distopt.sharding.budget import Budget, budget, pieces
 
+from . import architectures
 from .context import Context, placement
-from .dvae import DVAE
 from .recipe import Recipe
 from .report import bytes_in_words as words
+from .schedules import in_steps
 from .stage2 import optimizer_of, second_matrices
 from .transformer import Transformer, TransformerSettings
 
@@ -93,17 +94,34 @@ def plan_lines(recipe: Recipe, ranks: int, pictures: int) -> list[str]:
     """
     plan = plan_of(recipe, ranks)
     with torch.device("meta"):
-        dvae = sum(p.numel() for p in DVAE(recipe.dvae).parameters())
+        dvae = sum(p.numel() for p in architectures.build(recipe.dvae).parameters())
     epochs = (max(1, round(pictures / stage.batch)) for stage in (recipe.stage1, recipe.stage2))
     copies = f"{ranks // recipe.shards} x {recipe.shards}" if recipe.shards > 1 else f"{ranks}"
     return [
         f"discrete VAE: {_count(dvae)} parameters, {recipe.dvae.tokens} tokens a picture, {recipe.dvae.codes} codes",
+        _schedules(recipe),
         f"transformer: {_count(plan.parameters)} parameters, {_count(plan.in_blocks)} of them in its blocks",
         f"steps an epoch: {' and '.join(str(steps) for steps in epochs)}, of {pictures} pictures",
         *_table(f"stage 2, each of {copies} ranks", _memory(plan, recipe.shards)),
         *_table("between the copies, a step", _traffic(plan, recipe)),
         f"  saved of the matrices' numbers: {1 - _factor_numbers(plan, recipe) / max(1, plan.matrices):.1%}",
     ]
+
+
+def _schedules(recipe: Recipe) -> str:
+    """The lengths of stage 1 in steps, however they were given."""
+    how = recipe.stage1
+    if recipe.weights is not None:
+        return f"stage 1: not trained, weights of {recipe.weights}"
+    tau, beta, rate = (
+        round(in_steps(length, how.steps)) for length in (how.tau_steps, how.beta_steps, how.decay_steps)
+    )
+    return (
+        f"stage 1: {how.steps:,} steps of {how.batch} pictures; "
+        f"temperature {how.tau[0]:g} to {how.tau[1]:g} in {tau:,}, KL weight 0 to {how.beta:g} in {beta:,}, "
+        f"learning rate {how.learning_rate:g} to "
+        f"{how.learning_rate * how.final_learning_rate:.3g} in {rate:,}"
+    )
 
 
 _Row = tuple[str, float, float]

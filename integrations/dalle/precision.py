@@ -87,7 +87,7 @@ class Stepper:
         parameters: those whose gradients are clipped together.
         optimizer: what steps.
         scaler: what scales their gradients.
-        clip: largest global norm of the gradient.
+        clip: largest global norm of the gradient; 0 for none.
         steps: how many there will be, taken or skipped.
         context: where they are computed, and in how many bits.
     """
@@ -102,7 +102,7 @@ class Stepper:
         context: Context,
     ) -> None:
         self._parameters = list(parameters)
-        self._optimizer, self._scaler, self._clip, self._context = optimizer, scaler, clip, context
+        self._optimizer, self._scaler, self._clip, self._context = optimizer, scaler, clip or math.inf, context
         self._steps, self._every = steps, max(1, steps // _RECORDS)
         self.taken = 0
         self.skipped = 0

@@ -15,12 +15,13 @@ from torch import nn
 import distopt
 
 from . import report, runs, sheets
+from .architectures import AnyDVAESettings, build
 from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
 from .context import Context, Source, StageResult
 from .contrast import Contrast, ContrastSettings
-from .dvae import DVAE, DVAESettings
 from .journal import RunJournal
 from .model import Model
+from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import InputError
@@ -45,6 +46,7 @@ class Recipe:
     Args:
         dvae: size of the discrete VAE.
         stage1: how it is trained.
+        weights: a folder with a published encoder and decoder that take the place of training it.
         vocabulary: text tokens, at most.
         text_length: text tokens of a caption, at most.
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
@@ -57,7 +59,7 @@ class Recipe:
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
     """
 
-    dvae: DVAESettings
+    dvae: AnyDVAESettings
     stage1: Stage1Settings
     vocabulary: int
     text_length: int
@@ -69,6 +71,7 @@ class Recipe:
     precision: str = "fp32"
     shards: int = 1
     pictures_every: int = 0
+    weights: str | None = None
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
@@ -87,7 +90,7 @@ class Recipe:
     def describe(self) -> dict[str, Any]:
         """Give how the run was trained, ready for JSON; the model's own settings are saved with the model."""
         return {
-            "stage1": dataclasses.asdict(self.stage1),
+            "stage1": dataclasses.asdict(self.stage1) if self.weights is None else {"weights": self.weights},
             "stage2": dataclasses.asdict(self.stage2),
             "stage3": None if self.stage3 is None else dataclasses.asdict(self.stage3),
             "communication": [repr(reducer) for reducer in self.reducers],
@@ -181,6 +184,8 @@ def train(
         done = 0 if saved is None else saved["stage"]
         if saved is not None and done > number:
             result = unpacked(saved[f"stage{number}"], shape().to(context.device))
+        elif number == 1 and recipe.weights is not None:
+            result = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
         else:
             with _stage(number, shared, recipe, journal, checkpoints, facts, resumed=done == number) as surroundings:
                 result = run(_divisible(how, context.world_size), surroundings)
@@ -188,7 +193,7 @@ def train(
         return result
 
     stage1 = stage(
-        1, recipe.stage1, lambda: DVAE(recipe.dvae), lambda how, where: train_dvae(source, recipe.dvae, how, where)
+        1, recipe.stage1, lambda: build(recipe.dvae), lambda how, where: train_dvae(source, recipe.dvae, how, where)
     )
     dvae: Any = stage1.model.eval()
     size = TransformerSettings(
@@ -267,6 +272,22 @@ def _digest(source: Source) -> str:
     for caption in source.captions():
         digest.update(caption.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def published_dvae(folder: Path, size: int, context: Context) -> StageResult:
+    """What stage 1 ends with where its weights are given: no step was taken.
+
+    Args:
+        folder: has the encoder and the decoder.
+        size: side of the pictures, in pixels.
+        context: where the model goes.
+
+    Raises:
+        InputError: the files cannot be read.
+    """
+    began = time.perf_counter()
+    model = load_published(*find_published(folder), size).to(context.device)
+    return StageResult(model=model, steps=0, final_loss=math.nan, curve=[], wall_seconds=time.perf_counter() - began)
 
 
 def _divisible(settings: _Stage, ranks: int) -> _Stage:

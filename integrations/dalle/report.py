@@ -14,6 +14,8 @@ import torch
 from . import runs
 from .context import StageResult
 
+_STAGES = ("stage1", "stage2", "stage3")
+
 
 def stage_figures(result: StageResult) -> dict[str, Any]:
     """Give one stage's part of the report.
@@ -127,10 +129,13 @@ def held_out_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def stage_lines(report: Mapping[str, Any]) -> list[str]:
-    """Lines with what both stages cost."""
+    """Lines with what the stages cost."""
     lines = []
-    for name in ("stage1", "stage2"):
+    for name in (name for name in _STAGES if name in report):
         stage = report[name]
+        if not stage["steps"]:
+            lines.append(f"{name.replace('stage', 'stage ')}: not trained, its weights were given")
+            continue
         sent, whole = bytes_in_words(stage["bytes_sent"]), bytes_in_words(stage["bytes_uncompressed"])
         lines.append(
             f"{name.replace('stage', 'stage ')}: loss {_number(stage['final_loss'])} after {stage['steps']} steps, "
@@ -145,7 +150,7 @@ def precision_lines(report: Mapping[str, Any]) -> list[str]:
     if report["precision"] == "fp32":
         return []
     parts = []
-    for name in ("stage1", "stage2"):
+    for name in _STAGES[:2]:
         stage = report[name]
         part = f"{name.replace('stage', 'stage ')} skipped {stage['skipped_steps']} of {stage['steps']} steps"
         if scales := sorted(stage["log2_scales"].values()):

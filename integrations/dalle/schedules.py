@@ -1,4 +1,9 @@
-"""What the settings of both stages have in common: a learning rate that warms up and falls, and checked ranges."""
+"""What the settings of both stages have in common: a learning rate that warms up and falls, and checked ranges.
+
+Lengths of schedules are given in one of two ways: a whole number is steps (``5000``), any other number,
+from 0 to 1, is a fraction of the run (``0.05``). So ``1`` is one step, and ``1.0`` the whole run. The numbers of the
+paper are steps; fractions keep their meaning in a run of another length.
+"""
 
 import dataclasses
 import math
@@ -16,11 +21,12 @@ class StageSettings:
         steps: optimizer steps.
         batch: examples a step, over all ranks.
         learning_rate: the highest one.
-        warmup: fraction of the steps in which the learning rate rises linearly; it then falls as a half cosine.
+        warmup: length in which the learning rate rises linearly; it then falls as a half cosine.
         final_learning_rate: where it ends, as a fraction of ``learning_rate``.
+        decay_steps: length after which it has ended, the warm-up included; it stays there for the rest.
         betas: AdamW's decay rates.
         weight_decay: AdamW's, times the learning rate.
-        clip: largest global norm of the gradient.
+        clip: largest global norm of the gradient; 0 for none.
         averaging: how far back the averaged weights reach, in a unit of the stage's own; 0 keeps the last weights.
         accumulate: micro-batches that each rank cuts its share of a batch into, one after the other, to save memory.
 
@@ -31,8 +37,9 @@ class StageSettings:
     steps: int
     batch: int
     learning_rate: float
-    warmup: float
+    warmup: int | float
     final_learning_rate: float
+    decay_steps: int | float = 1.0
     betas: tuple[float, float]
     weight_decay: float
     clip: float
@@ -41,9 +48,10 @@ class StageSettings:
 
     def __post_init__(self) -> None:
         self.check(("steps", "batch", "accumulate"), is_positive_integer, "an integer of at least 1")
-        self.check(("learning_rate", "clip"), lambda value: value > 0, "above 0")
-        self.check(("weight_decay",), is_finite_and_not_negative, "a finite number of at least 0")
-        self.check(("warmup", "final_learning_rate"), lambda value: 0 <= value <= 1, "from 0 to 1")
+        self.check(("learning_rate",), lambda value: value > 0, "above 0")
+        self.check(("weight_decay", "clip"), is_finite_and_not_negative, "a finite number of at least 0")
+        self.check(("warmup", "decay_steps"), is_length, LENGTH)
+        self.check(("final_learning_rate",), lambda value: 0 <= value <= 1, "from 0 to 1")
         self.check(("averaging",), is_share, "at least 0 and below 1")
         self.check(
             ("betas",),
@@ -70,11 +78,64 @@ class StageSettings:
             >>> [round(settings.learning_rate_at(step), 3) for step in (0, 9, 10, 55, 99)]
             [0.1, 1.0, 1.0, 0.5, 0.0]
         """
-        warmup = math.ceil(self.warmup * self.steps)
+        warmup = math.ceil(in_steps(self.warmup, self.steps))
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
-        fraction = (step - warmup) / max(1, self.steps - warmup)
+        fraction = (step - warmup) / max(1, in_steps(self.decay_steps, self.steps) - warmup)
         return self.learning_rate * half_cosine(1.0, self.final_learning_rate, fraction)
+
+
+LENGTH = "a whole number of steps, or a fraction of the run from 0.0 to 1.0"
+
+
+def is_length(value: object) -> bool:
+    """Whether ``value`` is a length as the module's docstring defines it.
+
+    Example:
+        >>> [is_length(value) for value in (5000, 0, 0.05, 1.0, -1, 1.5, True)]
+        [True, True, True, True, False, False, False]
+    """
+    if isinstance(value, bool):
+        return False
+    return value >= 0 if isinstance(value, int) else isinstance(value, float) and 0 <= value <= 1
+
+
+def length_from(text: str) -> int | float:
+    """Read a length from a command line: what is written as a whole number is steps.
+
+    Raises:
+        ValueError: it is no number.
+
+    Example:
+        >>> length_from("5000"), length_from("0.05")
+        (5000, 0.05)
+    """
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def in_steps(length: int | float, steps: int) -> int | float:
+    """A length as a number of steps, of a run of ``steps``.
+
+    Example:
+        >>> in_steps(5000, 100), in_steps(0.5, 100)
+        (5000, 50.0)
+    """
+    return length if isinstance(length, int) else length * steps
+
+
+def share_of(step: int, length: int | float, steps: int) -> float:
+    """Which fraction of a length has passed at ``step``: 1 or more once it is over.
+
+    Example:
+        >>> share_of(50, 0.5, 200), share_of(50, 100, 200), share_of(0, 0.0, 200)
+        (0.5, 0.5, 1.0)
+    """
+    if length == 0:
+        return 1.0
+    return step / length if isinstance(length, int) else step / steps / length
 
 
 def is_positive_integer(value: object) -> bool:

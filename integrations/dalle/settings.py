@@ -14,8 +14,10 @@ from .fields import MAX_SEED, check, load_toml
 from .fields import InputError as InputError
 from .fields import build as build
 from .fields import choice as _choice
+from .fields import length as _length
 from .fields import merged as merged
 from .fields import number as _number
+from .fields import text as _text
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")
@@ -30,20 +32,39 @@ PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage1Options:
-    """The table ``[stage1]``: the discrete VAE. What is left out keeps the stage's own default."""
+    """The table ``[stage1]``: the discrete VAE. What is left out keeps the default of the architecture.
 
+    Lengths of schedules are a whole number of steps (``5000``) or a fraction of the run (``0.05``; ``1.0``: all of it).
+    """
+
+    architecture: str = _choice("small", ("small", "paper"), "small, or the paper's encoder and decoder")
+    weights: str | None = _text("folder with a published encoder and decoder, which are then not trained")
     steps: int | None = _number(None, 1, 10_000_000, "optimizer steps")
     batch: int | None = _number(None, 1, 65_536, "pictures a step, over all ranks")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
-    warmup: float | None = _number(None, 0.0, 1.0, "fraction of the steps in which the learning rate rises")
     final_learning_rate: float | None = _number(None, 0.0, 1.0, "where it ends, as a fraction of learning_rate")
     betas: tuple[float, float] | None = _number(None, 0.0, 1 - 1e-9, "decay rates of AdamW")
     weight_decay: float | None = _number(None, 0.0, 10.0, "of AdamW, times the learning rate")
-    clip: float | None = _number(None, 1e-8, 1e8, "largest global norm of the gradient")
+    clip: float | None = _number(None, 0.0, 1e8, "largest global norm of the gradient; 0 for none")
     averaging: float | None = _number(None, 0.0, 1 - 1e-9, "decay a step of the averaged weights; 0: the last weights")
     accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
     codes: int | None = _number(None, 2, 65_536, "size of the codebook")
     patch: int = _number(4, 1, 64, "side of the pixels under one token; divides the size of the pictures")
+    width: int | None = _number(None, 1, 8192, "small: channels of the residual stream")
+    neck: int | None = _number(None, 1, 8192, "small: channels inside a residual block")
+    n_hid: int | None = _number(None, 4, 8192, "paper: channels of the narrowest group, a multiple of 4")
+    n_init: int | None = _number(None, 1, 8192, "paper: channels of a codebook vector")
+    blocks: int | None = _number(None, 1, 64, "paper: residual blocks in a group")
+    likelihood: str | None = _choice(None, ("mse", "logit_laplace"), "what a reconstruction is measured by")
+    log_scale_floor: float | None = _number(None, -100.0, 100.0, "smallest log-width of the logit-Laplace")
+    warmup: int | float | None = _length("length in which the learning rate rises")
+    decay_steps: int | float | None = _length("length after which the learning rate has fallen to its end")
+    tau: tuple[float, float] | None = _number(None, 1e-3, 100.0, "temperature of the relaxation at start and end")
+    tau_steps: int | float | None = _length("length after which the temperature is at its end")
+    beta: float | None = _number(None, 0.0, 1e4, "weight of the KL divergence at its end; it starts at 0")
+    beta_steps: int | float | None = _length("length after which beta is reached")
+    usage: float | None = _number(None, 0.0, 1e4, "push towards equal use of the codes at the start; it falls to 0")
+    edges: float | None = _number(None, 0.0, 1e4, "how much more errors at edges weigh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +74,12 @@ class Stage2Options:
     steps: int | None = _number(None, 1, 10_000_000, "optimizer steps")
     batch: int | None = _number(None, 1, 65_536, "pairs a step, over all ranks")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
-    warmup: float | None = _number(None, 0.0, 1.0, "fraction of the steps in which the learning rate rises")
+    warmup: int | float | None = _length("length in which the learning rate rises")
+    decay_steps: int | float | None = _length("length after which the learning rate has fallen to its end")
     final_learning_rate: float | None = _number(None, 0.0, 1.0, "where it ends, as a fraction of learning_rate")
     betas: tuple[float, float] | None = _number(None, 0.0, 1 - 1e-9, "decay rates of AdamW")
     weight_decay: float | None = _number(None, 0.0, 10.0, "of AdamW, times the learning rate")
-    clip: float | None = _number(None, 1e-8, 1e8, "largest global norm of the gradient")
+    clip: float | None = _number(None, 0.0, 1e8, "largest global norm of the gradient; 0 for none")
     averaging: float | None = _number(None, 0.0, 1 - 1e-9, "part of the steps that weights are averaged over; 0: none")
     accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
     bpe_dropout: float | None = _number(None, 0.0, 1 - 1e-9, "share of merges of text tokens passed over in training")
@@ -81,11 +103,11 @@ class Stage3Options:
     """The table ``[stage3]``: the contrastive model that re-ranks samples. What is left out keeps its default."""
 
     steps: int = _number(0, 0, 10_000_000, "optimizer steps; 0 trains no such model")
-    batch: int | None = _number(None, 2, 65_536, "pairs a step, over all ranks; a multiple of group")
+    batch: int = _number(192, 2, 65_536, "pairs a step, over all ranks; a multiple of group")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
     accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
-    group: int | None = _number(None, 2, 4096, "pairs that are compared with each other")
-    pool: int | None = _number(None, 2, 65_536, "pairs that a group is chosen from, by how many words they share")
+    group: int = _number(16, 2, 4096, "pairs that are compared with each other")
+    pool: int = _number(64, 2, 65_536, "pairs that a group is chosen from, by how many words they share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,6 +220,7 @@ class TrainSettings:
             except re.error as error:
                 allowed = f"a regular expression: {error}"
                 raise SettingError("data.boilerplate", self.data.boilerplate, allowed) from None
+        _check_architecture(self.stage1)
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
@@ -205,6 +228,15 @@ class TrainSettings:
             raise SettingError("stage2.kernel", self.stage2.kernel, "an odd number")
         if self.stage2.neighbours and not self.stage2.code_width:
             raise SettingError("stage2.neighbours", self.stage2.neighbours, "0 where stage2.code_width is 0")
+        group = self.stage3.group
+        for name, right, allowed in (
+            ("pool", self.stage3.pool >= group, "at least"),
+            ("batch", not self.stage3.batch % group, "a multiple of"),
+        ):
+            if not right:
+                raise SettingError(
+                    f"stage3.{name}", getattr(self.stage3, name), f"{allowed} stage3.group, which is {group}"
+                )
         if self.communication.separate and width % self.shard:
             raise SettingError(
                 "stage2.width", width, f"a multiple of shard, which is {self.shard}, for separate = true"
@@ -250,6 +282,23 @@ class DemoSettings:
         check(self)
 
 
+_OF_ONE = {"width": "small", "neck": "small", "n_hid": "paper", "n_init": "paper", "blocks": "paper"}
+"""Fields of stage 1 that only one architecture has."""
+
+
+def _check_architecture(stage1: Stage1Options) -> None:
+    chosen = stage1.architecture
+    for name, architecture in _OF_ONE.items():
+        if getattr(stage1, name) is not None and chosen != architecture:
+            raise SettingError(f"stage1.{name}", getattr(stage1, name), f"left out: it is of the {architecture} dVAE")
+    if chosen == "paper" and stage1.patch.bit_count() != 1:
+        raise SettingError("stage1.patch", stage1.patch, "a power of two for the paper's dVAE")
+    if chosen == "paper" and stage1.n_hid is not None and stage1.n_hid % 4:
+        raise SettingError("stage1.n_hid", stage1.n_hid, "a multiple of 4")
+    if chosen != "paper" and stage1.weights is not None:
+        raise SettingError("stage1.architecture", chosen, "paper, which the published weights are of")
+
+
 def check_shard(settings: TrainSettings | DemoSettings, ranks: int) -> None:
     """Refuse copies of the model that cannot be divided over the ranks.
 
@@ -271,12 +320,12 @@ def check_batch(settings: TrainSettings, ranks: int) -> None:
     Raises:
         SettingError: names the stage.
     """
-    for name in ("stage1", "stage2"):
+    for name in ("stage1", "stage2", "stage3"):
         options = getattr(settings, name)
-        parts = options.accumulate or 1
+        parts = (options.accumulate or 1) * getattr(options, "group", 1)
         if options.batch is not None and options.batch % (ranks * parts):
             allowed = f"a multiple of the number of ranks, which is {ranks}"
-            allowed += f", times {name}.accumulate, which is {parts}" if parts > 1 else ""
+            allowed += f", times {name}.accumulate and {name}.group, {parts} in all" if parts > 1 else ""
             raise SettingError(f"{name}.batch", options.batch, allowed)
 
 

@@ -6,8 +6,8 @@ row, and one row's queries meet their band alone. A column's slots see their own
 once rows and columns are exchanged, as in the paper. Text and band share one softmax, as there.
 
 Which way is faster depends on how many of the keys are left. On a CPU (torch 2.13, one thread, forward with backward)
-a 32 x 32 image takes a third of the dense path's time under the row mask, and a quarter under the column mask; a 6 x 6
-image takes twice as long.
+a 32 x 32 image takes about a third of the dense time under the row and column masks, and half to two thirds under the
+convolution; a 6 x 6 image takes twice as long (docs/dalle.md).
 """
 
 import functools

@@ -24,15 +24,25 @@ from torch.optim import Optimizer
 
 from distopt.errors import SettingError
 
+from .architectures import AnyDVAESettings, build
 from .batches import chunks
 from .context import Context, Source, StageResult, Stream
 from .data.batches import pictures_at
-from .dvae import DVAE, DVAESettings
+from .dvae import DVAE
 from .precision import LossScaler, Scaler, adamw
-from .relaxed import gumbel
+from .relaxed import RelaxedVAE, gumbel
 from .scenes import Scenes, to_tensor, to_uint8
-from .schedules import StageSettings, half_cosine, is_finite_and_not_negative, is_positive_integer
+from .schedules import (
+    LENGTH,
+    StageSettings,
+    half_cosine,
+    is_finite_and_not_negative,
+    is_length,
+    is_positive_integer,
+    share_of,
+)
 from .scorer import matches_all
+from .settings import Stage1Options
 from .trainer import Batch, Loss, check_divisible, train
 
 STAGE = 1
@@ -54,21 +64,24 @@ class Stage1Settings(StageSettings):
         steps: optimizer steps.
         batch: pictures a step, over all ranks.
         learning_rate: the highest one.
-        warmup: fraction of the steps in which the learning rate rises linearly; it then falls as a half cosine.
+        warmup: length in which the learning rate rises linearly; it then falls as a half cosine.
         final_learning_rate: where it ends, as a fraction of ``learning_rate``.
+        decay_steps: length after which it has ended, the warm-up included.
         betas: AdamW's decay rates.
         weight_decay: AdamW's, times the learning rate.
-        clip: largest global norm of the gradient.
+        clip: largest global norm of the gradient; 0 for none.
         averaging: decay a step of the averaged weights that the stage ends with; 0 keeps the last weights.
         accumulate: micro-batches that each rank cuts its share of a batch into. They are exactly the batch, but for the
             push towards equal use, which is that of each micro-batch.
         tau: temperature at the start and at the end.
-        tau_steps: fraction of the steps after which the temperature stays at its end.
+        tau_steps: length after which the temperature stays at its end.
         beta: weight of the KL divergence at its end; it starts at 0.
-        beta_steps: fraction of the steps after which ``beta`` is reached.
+        beta_steps: length after which ``beta`` is reached.
         usage: weight of the push towards equal use of the codes at the start; it falls to 0 over the run.
         edges: how much more errors at edges weigh, see ``dvae.edge_weights``.
-        start: pictures whose patches the codes start from.
+        start: pictures whose patches the codes of the small architecture start from.
+
+    Lengths are steps (a whole number) or a fraction of the run, see ``schedules``.
 
     Raises:
         SettingError: where a value is out of its range.
@@ -77,16 +90,16 @@ class Stage1Settings(StageSettings):
     steps: int = 3000
     batch: int = 32
     learning_rate: float = 4e-3
-    warmup: float = 0.01
+    warmup: int | float = 0.01
     final_learning_rate: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     clip: float = 1.0
     averaging: float = 0.995
     tau: tuple[float, float] = (0.5, 1 / 16)
-    tau_steps: float = 0.8
+    tau_steps: int | float = 0.8
     beta: float = 1e-4
-    beta_steps: float = 0.2
+    beta_steps: int | float = 0.2
     usage: float = 0.01
     edges: float = 12.0
     start: int = 256
@@ -95,7 +108,7 @@ class Stage1Settings(StageSettings):
         super().__post_init__()
         self.check(("start",), is_positive_integer, "an integer of at least 1")
         self.check(("beta", "usage", "edges"), is_finite_and_not_negative, "a finite number of at least 0")
-        self.check(("tau_steps", "beta_steps"), lambda value: 0 <= value <= 1, "from 0 to 1")
+        self.check(("tau_steps", "beta_steps"), is_length, LENGTH)
         self.check(
             ("tau",),
             lambda value: len(value) == 2 and all(math.isfinite(tau) and tau > 0 for tau in value),
@@ -112,16 +125,46 @@ class Stage1Settings(StageSettings):
             >>> [settings.weights_at(step)["beta"] for step in (0, 1, 2, 9)]
             [0.0, 1.0, 2.0, 2.0]
         """
-        done = step / self.steps
         return {
-            "tau": half_cosine(*self.tau, _reached(done, self.tau_steps)),
-            "beta": half_cosine(0.0, self.beta, _reached(done, self.beta_steps)),
-            "usage": half_cosine(self.usage, 0.0, done),
+            "tau": half_cosine(*self.tau, share_of(step, self.tau_steps, self.steps)),
+            "beta": half_cosine(0.0, self.beta, share_of(step, self.beta_steps, self.steps)),
+            "usage": half_cosine(self.usage, 0.0, step / self.steps),
             "edges": self.edges,
         }
 
 
-def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, context: Context) -> StageResult:
+PAPER: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "warmup": 0.0,
+    "final_learning_rate": 0.0125,
+    "decay_steps": 1_200_000 / 3_000_000,
+    "betas": (0.9, 0.999),
+    "weight_decay": 1e-4,
+    "clip": 0.0,
+    "averaging": 0.999,
+    "tau": (1.0, 1 / 16),
+    "tau_steps": 150_000 / 3_000_000,
+    "beta": 6.6,
+    "beta_steps": 5_000 / 3_000_000,
+    "usage": 0.0,
+    "edges": 0.0,
+}
+"""The paper's constants (A.2), its lengths as fractions of its three million steps; clipping is not told of."""
+
+
+def settings_of(options: Stage1Options) -> Stage1Settings:
+    """How stage 1 is trained, from what a user chose; the architecture decides what is left out.
+
+    Example:
+        >>> settings_of(Stage1Options(architecture="paper", steps=3_000_000)).weights_at(150_000)["tau"]
+        0.0625
+    """
+    chosen = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Stage1Settings)}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return Stage1Settings(**(PAPER if options.architecture == "paper" else {}) | given)
+
+
+def train_dvae(source: Source, model: AnyDVAESettings, settings: Stage1Settings, context: Context) -> StageResult:
     """Train a dVAE on pictures.
 
     Args:
@@ -138,7 +181,9 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
         SettingError: the pictures are not of the model's size, or the batch cannot be divided over the ranks.
     """
     if source.size != model.size:
-        raise SettingError("DVAESettings.size", model.size, f"the size of the source's pictures, {source.size}")
+        raise SettingError(
+            f"{type(model).__name__}.size", model.size, f"the size of the source's pictures, {source.size}"
+        )
     check_divisible(settings, context.world_size)
     return train(_Stage(source, model, settings, context), context)
 
@@ -146,7 +191,7 @@ def train_dvae(source: Source, model: DVAESettings, settings: Stage1Settings, co
 class _Stage:
     """What the trainer is told of stage 1."""
 
-    def __init__(self, source: Source, model: DVAESettings, settings: Stage1Settings, context: Context) -> None:
+    def __init__(self, source: Source, model: AnyDVAESettings, settings: Stage1Settings, context: Context) -> None:
         self.settings = settings
         self.model = _start(source, model, settings, context)
         self.grad_scaler = LossScaler(context.device.type, enabled=context.precision == "fp16")
@@ -194,7 +239,7 @@ class _Stage:
         return {"codes/used": used, "codes/perplexity": perplexity}, {"reconstructions": beside}
 
 
-def evaluate_tokenizer(dvae: DVAE, scenes: Scenes, n: int = 500, seed: int = 0) -> dict[str, Any]:
+def evaluate_tokenizer(dvae: RelaxedVAE, scenes: Scenes, n: int = 500, seed: int = 0) -> dict[str, Any]:
     """Judge a tokenizer by its argmax round trip: are tokenised and decoded pictures still read as what they show?
 
     Args:
@@ -242,19 +287,20 @@ def usage(tokens: Tensor, codes: int) -> tuple[int, float]:
     return int((counts > 0).sum()), round(float(torch.exp(-(frequencies * frequencies.log()).sum())), 6)
 
 
-def _start(source: Source, model: DVAESettings, settings: Stage1Settings, context: Context) -> DVAE:
-    """Build the dVAE with its codes in place, the same on every rank."""
+def _start(source: Source, model: AnyDVAESettings, settings: Stage1Settings, context: Context) -> RelaxedVAE:
+    """Build the dVAE, the same on every rank; the small architecture's with its codes in place."""
     rng = np.random.default_rng([context.seed, _START])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**63)))
-        dvae = DVAE(model)
-    # On the CPU whatever the device is: k-means must not depend on it.
-    dvae.fit_codes(source.pictures(settings.start, rng), torch.Generator().manual_seed(int(rng.integers(2**63))))
+        dvae = build(model)
+    if isinstance(dvae, DVAE):
+        # On the CPU whatever the device is: k-means must not depend on it.
+        dvae.fit_codes(source.pictures(settings.start, rng), torch.Generator().manual_seed(int(rng.integers(2**63))))
     return dvae.to(context.device)
 
 
 def _batch(
-    source: Source, model: DVAESettings, settings: Stage1Settings, context: Context, step: int
+    source: Source, model: AnyDVAESettings, settings: Stage1Settings, context: Context, step: int
 ) -> tuple[Tensor, Tensor]:
     """This rank's pictures of ``step``, and the Gumbel noise of their logits."""
     pictures, noises = [], []
@@ -267,10 +313,6 @@ def _batch(
         logits = torch.empty(chunk.rows, model.codes, model.grid, model.grid, device=context.device)
         noises.append(gumbel(logits, generator)[chunk.kept])
     return torch.cat(pictures).to(context.device), torch.cat(noises)
-
-
-def _reached(done: float, fraction: float) -> float:
-    return done / fraction if fraction > 0 else 1.0
 
 
 def _weight_of_last(step: int, settings: Stage1Settings) -> float:

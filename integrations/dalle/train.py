@@ -7,12 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import recipe, report, resume, runs, sheets
+from . import architectures, recipe, report, resume, runs, sheets, stage1
 from .checkpoints import RunCheckpoints
 from .context import Context
 from .data import batches, opening
 from .data.stream import StreamSource
-from .dvae import DVAESettings
 from .evaluate import score_folder
 from .folder import FolderSource
 from .model import Model
@@ -22,8 +21,8 @@ from .recipe import Recipe
 from .sampling import SamplingSettings
 from .scenes import to_uint8
 from .settings import TrainSettings
-from .stage1 import Stage1Settings
 from .stage2 import Stage2Settings
+from .stage3 import Stage3Settings
 
 _SHOWN = 24
 _COLUMNS = 6
@@ -122,22 +121,22 @@ def _source(
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
-    """Say how both stages are trained, from what a user chose."""
-    one, two = _given(settings.stage1), _given(settings.stage2)
-    codes = {"codes": one.pop("codes")} if "codes" in one else {}
-    grid = settings.size // one.pop("patch")
+    """Say how all stages are trained, from what a user chose."""
+    two, three = _given(settings.stage2), _given(settings.stage3)
     names = ("width", "layers", "heads", "attention", "kernel", "activation", "code_width", "neighbours", "fixed_codes")
     shape = {name: two.pop(name) for name in names if name in two}
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
     return Recipe(
-        dvae=DVAESettings(size=settings.size, grid=grid, **codes),
-        stage1=Stage1Settings(**one),
+        dvae=architectures.settings_of(settings.stage1, settings.size),
+        stage1=stage1.settings_of(settings.stage1),
+        weights=settings.stage1.weights,
         vocabulary=vocabulary,
         text_length=text_length,
         transformer=shape,
         stage2=Stage2Settings(**two),
+        stage3=Stage3Settings(**three) if settings.stage3.steps else None,
         sampling=SamplingSettings(**_given(settings.sampling)),
         reducers=(averaged, averaged),
         precision=settings.precision,

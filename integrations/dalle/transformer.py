@@ -211,6 +211,8 @@ class Transformer(nn.Module):
         self.text_unembedding.weight.mul_(0.1)
         if not settings.code_width:
             self.image_unembedding.weight.mul_(0.1)
+            # At zero every LayerNorm would make the gradient of the start 300 times larger: deep models overflow.
+            nn.init.normal_(self.start, std=0.5)
             return
         shape = (settings.codes, settings.code_width)
         if vectors is None:

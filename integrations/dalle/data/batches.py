@@ -1,7 +1,7 @@
-"""What the two stages take from a stream at a step: pictures, and text tokens with pictures.
+"""What the two stages take a step's batch from where it is the next part of a stream; other sources draw theirs.
 
-Neither depends on the number of ranks. What else is random about a sample, BPE dropout and whether its caption is
-dropped, comes from its own generator.
+A stream's batch does not depend on the number of ranks, nor does what is random about its samples: BPE dropout and the
+choice of those without captions come from each sample's own generator.
 """
 
 from collections.abc import Callable
@@ -19,27 +19,30 @@ Encode = Callable[[list[str], np.random.Generator], Tensor]
 """Captions to text tokens ``(n, length)``, with the generator of BPE dropout."""
 
 
-def pictures_at(stream: Stream, part: Part) -> Tensor:
-    """Give the pictures of stage 1, ``(part.count, 3, size, size)`` float32 in [0, 1].
+def pictures_of(stream: Stream, part: Part) -> Tensor:
+    """Give the pictures of stage 1.
 
     Args:
-        stream: gives them.
+        stream: where they come from.
         part: this rank's part of the step's batch.
+
+    Returns:
+        ``(part.count, 3, size, size)`` float32 in [0, 1].
     """
     return to_tensor(np.stack([sample.pixels for sample in stream.samples_at(part)]))
 
 
-def text_and_pictures_at(stream: Stream, part: Part, encode: Encode, uncaptioned: float) -> tuple[Tensor, Tensor]:
+def text_and_pictures_of(stream: Stream, part: Part, encode: Encode, uncaptioned: float) -> tuple[Tensor, Tensor]:
     """Give the text tokens and the pictures of stage 2.
 
     Args:
-        stream: gives captions and pictures.
+        stream: where they come from.
         part: this rank's part of the step's batch.
         encode: turns captions into text tokens.
-        uncaptioned: probability of an empty caption, in [0, 1).
+        uncaptioned: share of the batch whose caption is empty, in [0, 1).
 
     Returns:
-        Text ``(part.count, length)`` int64 and pictures ``(part.count, 3, size, size)`` float32 in [0, 1].
+        Text ``(part.count, length)`` int64 and pictures ``(part.count, 3, size, size)`` float32.
     """
     rows, pixels = [], []
     for sample in stream.samples_at(part):

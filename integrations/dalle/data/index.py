@@ -26,7 +26,7 @@ WHOLE = -1
 """The length of a picture that is a file of its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One picture with its captions.
 

@@ -153,12 +153,20 @@ class StreamSource:
         return itertools.islice(found, limit)
 
     def training(self, limit: int) -> Tensor:
-        """The first ``limit`` training pictures that can be decoded, cut to their central squares."""
-        return self._as_they_are(self._training, limit)[1]
+        """The first ``limit`` training pictures that can be decoded, cut to their central squares.
+
+        Raises:
+            InputError: there is none.
+        """
+        return self._shown(self._as_they_are(self._training, limit))[1]
 
     def held_out(self, limit: int) -> tuple[list[str], Tensor]:
-        """The first ``limit`` held-out captions and pictures, or training ones where none are held out."""
-        return self._as_they_are(self._held_out if len(self._held_out) else self._training, limit)
+        """The first ``limit`` held-out captions and pictures; training ones where none can be had.
+
+        Raises:
+            InputError: there are none at all.
+        """
+        return self._shown(self._as_they_are(self._held_out, limit) or self._as_they_are(self._training, limit))
 
     def close(self) -> None:
         """Stop decoding."""
@@ -212,20 +220,23 @@ class StreamSource:
         grid = np.arange(self.size)
         return pixels[(grid + down).clip(0, self.size - 1)][:, (grid + right).clip(0, self.size - 1)]
 
-    def _as_they_are(self, items: np.ndarray, limit: int) -> tuple[list[str], Tensor]:
-        captions, pixels = [], []
+    def _as_they_are(self, items: np.ndarray, limit: int) -> list[tuple[str, np.ndarray]]:
+        """First caption and central square of the first ``limit`` pictures that can be decoded."""
+        found: list[tuple[str, np.ndarray]] = []
         chosen = [int(item) for item in items]
         for first in range(0, len(chosen), 256):
             several = chosen[first : first + 256]
-            for item, picture in zip(several, self._pool.map(self._plain, several), strict=True):
-                if picture is not None and len(pixels) < limit:
-                    captions.append(self._index.captions_of(item)[0])
-                    pixels.append(picture)
-            if len(pixels) == limit:
+            for item, pixels in zip(several, self._pool.map(self._plain, several), strict=True):
+                if pixels is not None and len(found) < limit:
+                    found.append((self._index.captions_of(item)[0], pixels))
+            if len(found) == limit:
                 break
-        if not pixels:
-            raise InputError(f"--data: none of {len(chosen)} pictures can be read: they are broken or gone")
-        return captions, to_tensor(np.stack(pixels))
+        return found
+
+    def _shown(self, found: Sequence[tuple[str, np.ndarray]]) -> tuple[list[str], Tensor]:
+        if not found:
+            raise InputError(f"--data: none of {len(self._index)} pictures can be read: they are broken or gone")
+        return [caption for caption, _ in found], to_tensor(np.stack([pixels for _, pixels in found]))
 
     def _plain(self, item: int) -> np.ndarray | None:
         picture = self._decoded(item)

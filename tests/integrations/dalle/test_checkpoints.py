@@ -1,32 +1,27 @@
 """Runs that are killed, stopped, or go on with other ranks: what is resumed is what was stopped, to the bit."""
 
-import dataclasses
 import os
-import random
 import signal
 import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from distopt.integrations.dalle import checkpoints as module
 from distopt.integrations.dalle import recipe
-from distopt.integrations.dalle.checkpoints import RunCheckpoints, Stopped
+from distopt.integrations.dalle.checkpoints import RunCheckpoints
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAESettings
 from distopt.integrations.dalle.journal import RunJournal
 from distopt.integrations.dalle.precision import reducer
 from distopt.integrations.dalle.recipe import Recipe
 from distopt.integrations.dalle.sampling import SamplingSettings
-from distopt.integrations.dalle.settings import CheckpointOptions, InputError
+from distopt.integrations.dalle.settings import CheckpointOptions
 from distopt.integrations.dalle.stage1 import Stage1Settings
 from distopt.integrations.dalle.stage2 import Stage2Settings
 from safetensors.torch import load_file
 
 from distopt import checkpoint
-from tests.faults.draw import count
 from tests.integrations.dalle.test_stage2 import Flags
 from tests.processes import run_mortals
 

@@ -66,7 +66,7 @@ def test_a_plan_is_what_the_optimizer_then_takes(precision):
 
 
 def test_all_presets_are_sound():
-    assert PRESETS == ("paper-12b", "paper-2.8b", "paper-5.6b")
+    assert PRESETS == ("paper-12b", "paper-2.8b", "paper-5.6b", "paper-dvae")
     for name in PRESETS:
         recipe = recipe_of(build(TrainSettings, preset(name)))
         # The published model's masks and embeddings, none of the departures that serve a small one.
@@ -79,3 +79,13 @@ def test_lines_of_a_run_on_ddp_say_nothing_of_gathering():
     lines = plan_lines(recipe_of(build(TrainSettings, SMALL)), 2, 100)
     assert not any("gathered" in line for line in lines)
     assert "steps an epoch: 3 and 3, of 100 pictures" in lines
+
+
+def test_the_papers_stage_1_is_planned_with_its_size_and_its_lengths_in_steps():
+    recipe = recipe_of(build(TrainSettings, preset("paper-dvae")))
+    lines = plan_lines(recipe, 64, 250_000_000)
+    assert lines[0] == "discrete VAE: 97.6 million parameters, 1024 tokens a picture, 8192 codes"
+    assert lines[1] == (
+        "stage 1: 3,000,000 steps of 512 pictures; temperature 1 to 0.0625 in 150,000, KL weight 0 to 6.6 in 5,000, "
+        "learning rate 0.0001 to 1.25e-06 in 1,200,000"
+    )

@@ -109,11 +109,20 @@ def test_samples_are_those_of_the_slow_definition(
 
 
 @ALL
-def test_guidance_of_1_is_plain_sampling_bit_for_bit(chosen: TransformerSettings) -> None:
+def test_guidance_of_1_is_plain_sampling_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, chosen: TransformerSettings
+) -> None:
     model, text = build(chosen), texts(6)
     plain = sample(model, text, generator=torch.Generator().manual_seed(0))
+    sizes = set()
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda x, cache: sizes.add(len(x)) or hidden(x, cache))
     for scale in (1, 1.0):
         assert torch.equal(plain, sample(model, text, guidance=scale, generator=torch.Generator().manual_seed(0)))
+    assert sizes == {6}  # not even a look at the empty caption, which would round
+    near = sample(model, text, guidance=1 + 1e-6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain, near)
+    assert sizes == {6, 12}
 
 
 @given(st.integers(0, 16), st.sampled_from((0.5, 1.0, 3.0)), st.integers(0, 1000))

@@ -119,3 +119,35 @@ def test_toml_is_read(tmp_path):
     path = tmp_path / "f.toml"
     path.write_text("size = 16\n[stage1]\nsteps = 3\n")
     assert load_toml(path) == {"size": 16, "stage1": {"steps": 3}}
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"neck": 8, "architecture": "paper"}, ["stage1.neck", "8", "left out", "small"]),
+        ({"n_hid": 8}, ["stage1.n_hid", "8", "left out", "paper"]),
+        ({"n_hid": 6, "architecture": "paper"}, ["stage1.n_hid", "6", "a multiple of 4"]),
+        ({"patch": 2, "architecture": "huge"}, ["stage1.architecture", "'huge'", "small, paper"]),
+        ({"weights": "somewhere"}, ["stage1.architecture", "'small'", "paper"]),
+        ({"weights": 3, "architecture": "paper"}, ["stage1.weights", "3", "a text"]),
+        ({"tau_steps": 1.5}, ["stage1.tau_steps", "1.5", "a whole number of steps, or a fraction"]),
+        ({"beta_steps": True}, ["stage1.beta_steps", "True", "a whole number of steps, or a fraction"]),
+        ({"warmup": "5"}, ["stage1.warmup", "'5'", "a whole number of steps, or a fraction"]),
+        ({"likelihood": "l1"}, ["stage1.likelihood", "'l1'", "mse, logit_laplace"]),
+    ],
+)
+def test_what_stage_1_cannot_be_told(table, words):
+    with pytest.raises(SettingError) as caught:
+        build(TrainSettings, {"stage1": table})
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_the_patch_of_the_papers_dvae_is_a_power_of_two():
+    with pytest.raises(SettingError, match=r"stage1.patch is 6, but must be a power of two"):
+        build(TrainSettings, {"size": 24, "stage1": {"patch": 6, "architecture": "paper"}})
+
+
+def test_lengths_keep_their_kind():
+    stage1 = build(TrainSettings, {"stage1": {"tau_steps": 1, "beta_steps": 1.0}}).stage1
+    assert type(stage1.tau_steps) is int
+    assert type(stage1.beta_steps) is float

@@ -10,8 +10,10 @@ import torch
 from distopt.integrations.dalle import trainer
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
+from distopt.integrations.dalle.paper_dvae import PaperDVAE, PaperDVAESettings
 from distopt.integrations.dalle.scenes import Scenes
-from distopt.integrations.dalle.stage1 import Stage1Settings, evaluate_tokenizer, train_dvae
+from distopt.integrations.dalle.settings import Stage1Options, TrainSettings, build, preset
+from distopt.integrations.dalle.stage1 import Stage1Settings, evaluate_tokenizer, settings_of, train_dvae
 
 import distopt
 from distopt.errors import SettingError
@@ -139,6 +141,8 @@ def test_another_size_and_an_uneven_batch_are_refused():
         ("weight_decay", -1.0),
         ("warmup", 1.1),
         ("tau_steps", -0.1),
+        ("beta_steps", 1.5),
+        ("decay_steps", -3),
         ("averaging", 1.0),
         ("betas", (0.9,)),
         ("tau", (1.0, 0.0)),
@@ -175,3 +179,54 @@ def test_two_ranks_end_with_the_same_weights_and_send_less_with_powersgd():
         assert all((a == b).all() for a, b in zip(first, second, strict=True))
         sent.append(count)
     assert sent[1] < sent[0]
+
+
+PAPER_MODEL = PaperDVAESettings(size=24, codes=32, n_hid=16, n_init=16, groups=3, blocks=1)
+PAPER_SHORT = Stage1Options(
+    architecture="paper", steps=50, batch=8, learning_rate=3e-3, tau_steps=40, beta=0.5, beta_steps=0.5, averaging=0.9
+)
+
+
+def test_the_papers_architecture_learns():
+    result = train_dvae(TASK, PAPER_MODEL, settings_of(PAPER_SHORT), Context(seed=1))
+    losses = [loss for _, loss in result.curve]
+    assert isinstance(result.model, PaperDVAE)
+    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 0.1
+
+
+def train_the_paper_on_two_ranks(rank: int) -> tuple[list[np.ndarray], float]:
+    torch.set_num_threads(1)
+    context = Context(rank=rank, world_size=2, reducer=distopt.PowerSGD(rank=2))
+    result = train_dvae(TASK, PAPER_MODEL, dataclasses.replace(settings_of(PAPER_SHORT), steps=6), context)
+    return [p.detach().numpy() for p in result.model.parameters()], result.stats.saving
+
+
+def test_the_papers_architecture_trains_on_two_ranks_with_powersgd():
+    (first, saving), (second, _) = run_ranks(2, train_the_paper_on_two_ranks)
+    assert saving > 0.3
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+def test_the_preset_is_the_papers_table():
+    """Appendix A.2."""
+    chosen = settings_of(build(TrainSettings, preset("paper-dvae")).stage1)
+    at = {step: chosen.weights_at(step) for step in (0, 2_500, 5_000, 75_000, 150_000, 2_999_999)}
+    assert [at[step]["beta"] for step in (0, 2_500, 5_000, 2_999_999)] == pytest.approx([0, 3.3, 6.6, 6.6])
+    assert [at[step]["tau"] for step in (0, 75_000, 150_000, 2_999_999)] == pytest.approx([1, 0.53125, 0.0625, 0.0625])
+    assert {at[step]["usage"] for step in at} == {at[step]["edges"] for step in at} == {0.0}
+    assert chosen.learning_rate_at(0) == 1e-4
+    assert chosen.learning_rate_at(600_000) == pytest.approx((1e-4 + 1.25e-6) / 2)
+    assert chosen.learning_rate_at(1_200_000) == pytest.approx(1.25e-6)
+    assert (chosen.betas, chosen.weight_decay, chosen.averaging) == ((0.9, 0.999), 1e-4, 0.999)
+    assert (chosen.steps, chosen.batch, chosen.clip) == (3_000_000, 512, 0.0)
+
+
+def test_the_architecture_alone_brings_the_papers_constants_in_proportion_to_the_run():
+    whole = settings_of(build(TrainSettings, preset("paper-dvae")).stage1)
+    short = settings_of(Stage1Options(architecture="paper", steps=3000))
+    for step in range(0, 3000, 97):
+        assert short.weights_at(step) == pytest.approx(whole.weights_at(1000 * step))
+        assert short.learning_rate_at(step) == pytest.approx(whole.learning_rate_at(1000 * step))
+    assert settings_of(Stage1Options()) == Stage1Settings()
+    mixed = settings_of(Stage1Options(tau=(0.5, 0.1), betas=(0.9, 0.95), warmup=7))
+    assert (mixed.tau, mixed.betas, mixed.warmup) == ((0.5, 0.1), (0.9, 0.95), 7)

@@ -209,7 +209,6 @@ def test_codes_at_the_full_width_are_embedded_as_words_are() -> None:
 
 @pytest.mark.parametrize("grid", [4, 10])
 def test_training_is_the_same_by_either_way_of_attention(monkeypatch: pytest.MonkeyPatch, grid: int) -> None:
-    # In float64: gradients pass the norm of the start, which is zero at first, and are large.
     model = build(**{**FAITHFUL, "layers": 3, "grid": grid}).double()
     text = batch(2)[0]
     image = torch.randint(13, (3, grid * grid), generator=torch.Generator().manual_seed(0))
@@ -233,3 +232,9 @@ def test_the_activation_is_the_one_that_was_chosen() -> None:
     text, image = batch(0)
     relu, gelu = (build(activation=name).logits(text, image)[1] for name in ("relu", "gelu"))
     assert not torch.allclose(relu, gelu)
+
+
+def test_gradients_are_moderate_at_the_papers_depth() -> None:
+    model = build(**{**FAITHFUL, "layers": 64})
+    model(*batch(0)).total().backward()
+    assert torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm() < 10

@@ -1,7 +1,6 @@
 """What each kind of data gives, and that all that cannot be used is counted and named."""
 
 import json
-
 import tarfile
 
 import pytest

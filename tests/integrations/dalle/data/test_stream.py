@@ -101,6 +101,16 @@ def test_a_file_that_goes_away_is_replaced(tmp_path):
     assert source.broken == ["002.png"]
 
 
+def test_held_out_pictures_that_cannot_be_read_do_not_end_a_run(tmp_path):
+    data = write_folder(tmp_path / "data", 8)
+    source = _opened(data, tmp_path, held_out=0.01)
+    (caption,), _ = source.held_out(9)
+    spoil(data / f"{int(caption.split()[2]):03}.png")
+    captions, pictures = source.held_out(9)
+    assert len(captions) == len(pictures) == source.counts[0] == 7
+    assert caption not in captions
+
+
 def test_with_nothing_left_to_read_the_run_says_so(tmp_path):
     data = write_folder(tmp_path / "data", 3)
     source = _opened(data, tmp_path)
