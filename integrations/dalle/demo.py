@@ -41,7 +41,7 @@ _SIZES = {
         dvae=DVAESettings(codes=256),
         stage1=Stage1Settings(steps=12_000, averaging=0.999),
         stage2=Stage2Settings(steps=12_000),
-        stage3=Stage3Settings(steps=1_000),
+        stage3=Stage3Settings(steps=2_000),
         ranks=(16, 8),
     ),
 }
