@@ -2,8 +2,8 @@
 
 A checkpoint holds everything that decides the rest of the run, to the bit on as many ranks: model, optimizer, averaged
 weights, gradient scales, residuals, factors, curve, the step (which is the position in the data, for a batch is a
-function of it), the text tokenizer and, in stage 2, the finished stage 1. Saving changes nothing in a run. That it is
-atomic and checksummed is the work of `distopt.checkpoint`.
+function of it), the text tokenizer and, in stage 2, the finished stage 1. Saving changes nothing in a run, but where
+`exact` is false. That it is atomic and checksummed is the work of `distopt.checkpoint`.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ class StageSaver:
         facts: dict[str, Any] = {}
         if self._resumed:
             checkpoint.load(self._run.folder, run=facts, **self._states)
-            if registration is not None and facts["ranks"] == self._ranks():
+            if registration is not None and facts["exact"] and facts["ranks"] == self._ranks():
                 # Its own residuals, not their mean: reductions depend on the mean alone, but for the last bits.
                 own = checkpoint.Value()
                 checkpoint.load(self._run.folder, rng=False, own=checkpoint.PerRank(own))
@@ -165,10 +165,10 @@ class StageSaver:
 
     def _save(self, step: int) -> None:
         facts = {"format": FORMAT, **self._facts, "stage": self._number, "step": step}
-        facts["ranks"] = self._ranks()
+        facts |= {"ranks": self._ranks(), "exact": self._run.options.exact}
         states: dict[str, Any] = {"run": facts, **self._states}
         own = None
-        if self._registration is not None:
+        if self._registration is not None and self._run.options.exact:
             own = self._registration.own_residuals()
             states["own"] = checkpoint.PerRank(checkpoint.Value(own))
         checkpoint.save(self._run.folder, self._before + step, keep=self._run.options.keep, **states)

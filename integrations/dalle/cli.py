@@ -259,10 +259,9 @@ def _add_fresh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help=meaning)
 
 
-_ALSO = {"stage1.steps": "--steps-1", "stage2.steps": "--steps-2", "steps_1": "--steps-1", "steps_2": "--steps-2"}
-_ALSO |= {"stage3.steps": "--steps-3", "steps_3": "--steps-3"}
+_ALSO = {f"stage{i}.steps": f"--steps-{i}" for i in (1, 2, 3)} | {f"steps_{i}": f"--steps-{i}" for i in (1, 2, 3)}
 """Names that fields have besides their own."""
-_HIDDEN = ("n", "steps_1", "steps_2")
+_HIDDEN = ("n", "steps_1", "steps_2", "steps_3")
 """Fields of the demo that have no flag of their own name."""
 
 

@@ -29,20 +29,20 @@ class _Size:
     stage1: Stage1Settings
     stage2: Stage2Settings
     stage3: Stage3Settings
-    ranks: tuple[int, int, int]
+    ranks: tuple[int, int]
 
 
 _SIZES = {
     # At rank 4 the tokenizer loses three pictures in a hundred.
     "demo": _Size(
-        dvae=DVAESettings(), stage1=Stage1Settings(), stage2=Stage2Settings(), stage3=Stage3Settings(), ranks=(8, 6, 8)
+        dvae=DVAESettings(), stage1=Stage1Settings(), stage2=Stage2Settings(), stage3=Stage3Settings(), ranks=(8, 6)
     ),
     "small": _Size(
         dvae=DVAESettings(codes=256),
         stage1=Stage1Settings(steps=12_000, averaging=0.999),
         stage2=Stage2Settings(steps=12_000),
-        stage3=Stage3Settings(steps=2000),
-        ranks=(16, 8, 8),
+        stage3=Stage3Settings(steps=1_000),
+        ranks=(16, 8),
     ),
 }
 _VOCABULARY = 256
@@ -70,16 +70,16 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     chosen = _recipe(settings)
     with recipe.journal_of(out, context) as journal:
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
         trained = recipe.train(task, chosen, context, journal, checkpoints)
         journal.say(f"sampling and scoring {settings.n} captions of each split")
         figures, samples = score_scenes(trained.model, task, n=settings.n, show=_SHOWN, context=context)
-        best, chosen = score_best_of(trained.model, task, n=settings.n, context=context)
-        figures |= best
+        best, _ = score_best_of(trained.model, task, n=settings.n, context=context)
     if context.rank != 0:
         return
     full = {
         **figures,
+        **best,
         **trained.figures(),
         "world_size": context.world_size,
         "seed": settings.seed,
@@ -116,7 +116,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
     stage3 = size.stage3 if settings.steps_3 != 0 else None
     if stage3 is not None and settings.steps_3 is not None:
         stage3 = dataclasses.replace(stage3, steps=settings.steps_3)
-    ranks = [settings.rank or default for default in size.ranks]
+    first, second = (reducer(settings.reducer, settings.rank or default, settings.precision) for default in size.ranks)
     return Recipe(
         dvae=size.dvae,
         stage1=stage1,
@@ -124,12 +124,13 @@ def _recipe(settings: DemoSettings) -> Recipe:
         text_length=_TEXT_LENGTH,
         transformer={},
         stage2=stage2,
-        sampling=SamplingSettings(),
         stage3=stage3,
-        reducers=[reducer(settings.reducer, rank, settings.precision) for rank in ranks],
+        sampling=SamplingSettings(),
+        reducers=(first, second),
         precision=settings.precision,
         shards=settings.shard,
         pictures_every=settings.pictures_every,
+        checkpoint=settings.checkpoint,
     )
 
 

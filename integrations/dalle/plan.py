@@ -104,6 +104,7 @@ def plan_lines(recipe: Recipe, ranks: int, pictures: int) -> list[str]:
         f"steps an epoch: {' and '.join(str(steps) for steps in epochs)}, of {pictures} pictures",
         *_table(f"stage 2, each of {copies} ranks", _memory(plan, recipe.shards)),
         *_table("between the copies, a step", _traffic(plan, recipe)),
+        f"  a checkpoint: about {words(_checkpoint(plan, dvae, recipe, ranks))}",
         f"  saved of the matrices' numbers: {1 - _factor_numbers(plan, recipe) / max(1, plan.matrices):.1%}",
     ]
 
@@ -122,6 +123,15 @@ def _schedules(recipe: Recipe) -> str:
         f"learning rate {how.learning_rate:g} to "
         f"{how.learning_rate * how.final_learning_rate:.3g} in {rate:,}"
     )
+
+
+def _checkpoint(plan: Plan, dvae: int, recipe: Recipe, ranks: int) -> float:
+    """Bytes of a checkpoint of stage 2, with the finished stage 1; numbers are float32 there, residuals as they are."""
+    residuals, shards = plan.budget.residuals, recipe.shards
+    whole = 4 * plan.matrices * shards if residuals else 0
+    own = ranks * residuals if recipe.checkpoint.exact else 0
+    # Weights, two moments and the averaged weights; the mean of the residuals, and each rank's own.
+    return 4 * (4 * plan.parameters + dvae) + whole + own + plan.budget.factors * shards
 
 
 _Row = tuple[str, float, float]

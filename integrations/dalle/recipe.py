@@ -2,21 +2,20 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch import nn
+from typing import Any, cast
 
 import distopt
 
 from . import report, runs, sheets
 from .architectures import AnyDVAESettings, build
-from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
+from .checkpoints import RunCheckpoints, packed
 from .context import Context, Source, StageResult
 from .contrast import Contrast, ContrastSettings
 from .journal import RunJournal
@@ -24,15 +23,14 @@ from .model import Model
 from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .scenes import to_uint8
-from .settings import InputError
+from .settings import CheckpointOptions, InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer
 from .stage3 import Stage3Settings, train_contrast
+from .stages import STAGES, Stages
 from .text import Tokenizer
 from .transformer import Transformer, TransformerSettings
 
-_Stage = TypeVar("_Stage", Stage1Settings, Stage2Settings, Stage3Settings)
-STAGES = ("stage 1", "stage 2", "stage 3")
 _TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer", "Stage 3: contrastive model")
 _TEXT = ("tokenizer", "text_length", "captions")
 _ROOM_FOR_TEXT = 4
@@ -51,12 +49,13 @@ class Recipe:
         text_length: text tokens of a caption, at most.
         transformer: fields of ``TransformerSettings`` that neither the dVAE nor the text decides.
         stage2: how the transformer is trained.
+        stage3: how the contrastive model is trained that re-ranks samples; ``None`` trains none.
         sampling: how image tokens are drawn.
-        reducers: how the gradients of each stage are averaged; the last one also those of all that follow.
-        stage3: how the contrastive model is trained; ``None`` trains none.
+        reducers: how the gradients of stages 1 and 2 are averaged; those of stage 3 as in stage 1.
         precision: "fp32", "bf16" or "fp16".
         shards: ranks that hold one copy of the model together.
         pictures_every: steps between pictures in TensorBoard; 0 shows none.
+        checkpoint: when the run saves itself.
     """
 
     dvae: AnyDVAESettings
@@ -66,12 +65,13 @@ class Recipe:
     transformer: dict[str, Any]
     stage2: Stage2Settings
     sampling: SamplingSettings
-    reducers: Sequence[distopt.AllReduce | distopt.PowerSGD]
-    stage3: Stage3Settings | None = None
+    reducers: tuple[distopt.AllReduce | distopt.PowerSGD, distopt.AllReduce | distopt.PowerSGD]
     precision: str = "fp32"
     shards: int = 1
     pictures_every: int = 0
     weights: str | None = None
+    stage3: Stage3Settings | None = None
+    checkpoint: CheckpointOptions = dataclasses.field(default_factory=CheckpointOptions)
 
     def surroundings(self, context: Context) -> str:
         """Say who trains, and how gradients are averaged."""
@@ -101,31 +101,24 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A trained model with how its stages went, and in which precision; not every model has a third stage."""
+    """A trained model with how its stages went, and in which precision."""
 
     model: Model
-    stage1: StageResult
-    stage2: StageResult
+    stages: Sequence[StageResult]
     precision: str
-    stage3: StageResult | None = None
-
-    @property
-    def stages(self) -> list[StageResult]:
-        """Those that there were, in their order."""
-        return [stage for stage in (self.stage1, self.stage2, self.stage3) if stage is not None]
 
     def figures(self) -> dict[str, Any]:
         """``precision``, ``stage1``, ``stage2`` and, where there was one, ``stage3`` for the report."""
-        stages = {f"stage{number}": report.stage_figures(stage) for number, stage in enumerate(self.stages, 1)}
+        stages = {f"stage{i}": report.stage_figures(result) for i, result in enumerate(self.stages, start=1)}
         return {"precision": self.precision, **stages}
 
     def draw_curves(self, out: Path) -> None:
         """Write the loss curves of all stages and, where stage 2 had them, its gradient scales."""
-        curves = [stage.curve for stage in self.stages]
+        curves = [result.curve for result in self.stages]
         sheets.draw_losses(out / "loss.png", dict(zip(_TITLES, curves, strict=False)))
         (out / runs.SCALES).unlink(missing_ok=True)
-        if self.stage2.scales:
-            sheets.draw_scales(out / runs.SCALES, self.stage2.scales)
+        if scales := self.stages[1].scales:
+            sheets.draw_scales(out / runs.SCALES, scales)
 
     def draw_reconstructions(self, path: Path, source: Source, context: Context) -> None:
         """Write a sheet of pictures beside what their argmax tokens decode to."""
@@ -153,7 +146,7 @@ def journal_of(out: Path, context: Context) -> Generator[RunJournal]:
 def train(
     source: Source, recipe: Recipe, context: Context, journal: RunJournal, checkpoints: RunCheckpoints | None = None
 ) -> Trained:
-    """Train the text tokenizer and the networks of all stages, or what is left of that.
+    """Train the text tokenizer, the discrete VAE, the transformer and the contrastive model, or what is left of that.
 
     Args:
         source: pictures and captions.
@@ -172,80 +165,36 @@ def train(
     facts = _text(source, recipe) if saved is None else {name: saved[name] for name in _TEXT}
     if saved is not None:
         _go_on(saved, source, journal)
-    tokenizer = Tokenizer(facts["tokenizer"])
-    shared = dataclasses.replace(
+    context = dataclasses.replace(
         context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
     )
-
-    def stage(
-        number: int, how: _Stage, shape: Callable[[], nn.Module], run: Callable[[_Stage, Context], StageResult]
-    ) -> StageResult:
-        """Train a stage, unless the checkpoint is of a later one and has it."""
-        done = 0 if saved is None else saved["stage"]
-        if saved is not None and done > number:
-            result = unpacked(saved[f"stage{number}"], shape().to(context.device))
-        elif number == 1 and recipe.weights is not None:
-            result = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
-        else:
-            with _stage(number, shared, recipe, journal, checkpoints, facts, resumed=done == number) as surroundings:
-                result = run(_divisible(how, context.world_size), surroundings)
-        facts[f"stage{number}"] = packed(result)
-        return result
-
-    stage1 = stage(
-        1, recipe.stage1, lambda: build(recipe.dvae), lambda how, where: train_dvae(source, recipe.dvae, how, where)
-    )
+    going = Stages(recipe.reducers, context, journal, checkpoints, saved, facts)
+    tokenizer = Tokenizer(facts["tokenizer"])
+    if recipe.weights is not None:
+        stage1 = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
+        going.facts["stage1"] = packed(stage1)
+    else:
+        stage1 = going.through(
+            1, recipe.stage1, functools.partial(train_dvae, source, recipe.dvae), functools.partial(build, recipe.dvae)
+        )
     dvae: Any = stage1.model.eval()
-    size = TransformerSettings(
-        text_vocabulary=tokenizer.vocabulary,
-        text_length=facts["text_length"],
-        codes=recipe.dvae.codes,
-        grid=recipe.dvae.grid,
-        **recipe.transformer,
+    text = {"text_vocabulary": tokenizer.vocabulary, "text_length": facts["text_length"]}
+    settings = TransformerSettings(**text, codes=recipe.dvae.codes, grid=recipe.dvae.grid, **recipe.transformer)
+    second = functools.partial(train_transformer, source, dvae, tokenizer, settings)
+    stages = [stage1, going.through(2, recipe.stage2, second, functools.partial(Transformer, settings))]
+    if recipe.stage3 is not None:
+        seeing = ContrastSettings(**text, size=recipe.dvae.size)
+        third = functools.partial(train_contrast, source, dvae, tokenizer, seeing)
+        stages.append(going.through(3, recipe.stage3, third, functools.partial(Contrast, seeing)))
+    transformer, *rest = (cast(Any, result.model).eval() for result in stages[1:])
+    model = Model(
+        dvae=dvae,
+        transformer=transformer,
+        tokenizer=tokenizer,
+        sampling=recipe.sampling,
+        contrast=rest[0] if rest else None,
     )
-    stage2 = stage(
-        2,
-        recipe.stage2,
-        lambda: Transformer(size),
-        lambda how, where: train_transformer(source, dvae, tokenizer, size, how, where),
-    )
-    model = Model(dvae=dvae, transformer=stage2.model.eval(), tokenizer=tokenizer, sampling=recipe.sampling)
-    trained = Trained(model=model, stage1=stage1, stage2=stage2, precision=recipe.precision)
-    if recipe.stage3 is None:
-        return trained
-    shape = ContrastSettings(
-        text_vocabulary=tokenizer.vocabulary, text_length=facts["text_length"], size=recipe.dvae.size
-    )
-    stage3 = stage(
-        3,
-        recipe.stage3,
-        lambda: Contrast(shape),
-        lambda how, where: train_contrast(source, dvae, tokenizer, shape, how, where),
-    )
-    model = dataclasses.replace(model, contrast=stage3.model.eval())
-    return dataclasses.replace(trained, model=model, stage3=stage3)
-
-
-@contextlib.contextmanager
-def _stage(
-    number: int,
-    context: Context,
-    recipe: Recipe,
-    journal: RunJournal,
-    checkpoints: RunCheckpoints | None,
-    facts: Mapping[str, Any],
-    *,
-    resumed: bool,
-) -> Generator[Context]:
-    """The surroundings of one stage."""
-    reducer = recipe.reducers[min(number, len(recipe.reducers)) - 1]
-    before = sum(stage.steps for stage in (recipe.stage1, recipe.stage2)[: number - 1])
-    with journal.stage(STAGES[number - 1]) as stage:
-        context = dataclasses.replace(context, reducer=reducer, journal=stage)
-        saver = None
-        if checkpoints is not None:
-            saver = StageSaver(checkpoints, context, number, before, facts, resumed=resumed)
-        yield dataclasses.replace(context, checkpoints=saver)
+    return Trained(model=model, stages=stages, precision=recipe.precision)
 
 
 def _text(source: Source, recipe: Recipe) -> dict[str, Any]:
@@ -261,9 +210,8 @@ def _go_on(saved: Mapping[str, Any], source: Source, journal: RunJournal) -> Non
     if saved["captions"] != _digest(source):
         raise InputError("--data: its captions are not those that the run in --out was begun with")
     stage, step = saved["stage"], saved["step"]
-    done = {STAGES[number - 1]: saved[f"stage{number}"]["steps"] for number in range(1, stage)}
-    done[STAGES[stage - 1]] = step
-    journal.begin(done)
+    finished = {STAGES[i]: saved[f"stage{i + 1}"]["steps"] for i in range(stage - 1)}
+    journal.begin({**finished, STAGES[stage - 1]: step})
     journal.say(f"goes on after step {step} of {STAGES[stage - 1]}")
 
 
@@ -288,12 +236,6 @@ def published_dvae(folder: Path, size: int, context: Context) -> StageResult:
     began = time.perf_counter()
     model = load_published(*find_published(folder), size).to(context.device)
     return StageResult(model=model, steps=0, final_loss=math.nan, curve=[], wall_seconds=time.perf_counter() - began)
-
-
-def _divisible(settings: _Stage, ranks: int) -> _Stage:
-    """The settings with the batch raised to what the ranks and their micro-batches divide: any number can run them."""
-    parts = ranks * settings.accumulate * getattr(settings, "group", 1)
-    return dataclasses.replace(settings, batch=math.ceil(settings.batch / parts) * parts)
 
 
 def seconds_since(began: float) -> float:

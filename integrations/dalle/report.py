@@ -14,8 +14,6 @@ import torch
 from . import runs
 from .context import StageResult
 
-_STAGES = ("stage1", "stage2", "stage3")
-
 
 def stage_figures(result: StageResult) -> dict[str, Any]:
     """Give one stage's part of the report.
@@ -129,9 +127,9 @@ def held_out_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def stage_lines(report: Mapping[str, Any]) -> list[str]:
-    """Lines with what the stages cost."""
+    """Lines with what both stages cost."""
     lines = []
-    for name in (name for name in _STAGES if name in report):
+    for name in _stages(report):
         stage = report[name]
         if not stage["steps"]:
             lines.append(f"{name.replace('stage', 'stage ')}: not trained, its weights were given")
@@ -150,7 +148,7 @@ def precision_lines(report: Mapping[str, Any]) -> list[str]:
     if report["precision"] == "fp32":
         return []
     parts = []
-    for name in _STAGES[:2]:
+    for name in _stages(report):
         stage = report[name]
         part = f"{name.replace('stage', 'stage ')} skipped {stage['skipped_steps']} of {stage['steps']} steps"
         if scales := sorted(stage["log2_scales"].values()):
@@ -158,6 +156,10 @@ def precision_lines(report: Mapping[str, Any]) -> list[str]:
             part += f" to 2^{scales[-1]:.1f}" if scales[-1] > scales[0] else ""
         parts.append(part)
     return [f"{report['precision']}: {'; '.join(parts)}"]
+
+
+def _stages(report: Mapping[str, Any]) -> list[str]:
+    return [name for name in ("stage1", "stage2", "stage3") if name in report]
 
 
 def file_lines(out: Path) -> list[str]:

@@ -59,6 +59,11 @@ class StageSettings:
             "two numbers of at least 0 and below 1",
         )
 
+    @property
+    def together(self) -> int:
+        """Rows of a batch that are not divided over ranks."""
+        return 1
+
     def check(self, names: Iterable[str], right: Callable[[Any], bool], allowed: str) -> None:
         """Refuse values for which ``right`` is not true.
 

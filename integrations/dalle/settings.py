@@ -99,24 +99,24 @@ class Stage2Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage3Options:
-    """The table ``[stage3]``: the contrastive model that re-ranks samples. What is left out keeps its default."""
-
-    steps: int = _number(0, 0, 10_000_000, "optimizer steps; 0 trains no such model")
-    batch: int = _number(192, 2, 65_536, "pairs a step, over all ranks; a multiple of group")
-    learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
-    accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
-    group: int = _number(16, 2, 4096, "pairs that are compared with each other")
-    pool: int = _number(64, 2, 65_536, "pairs that a group is chosen from, by how many words they share")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage; no number changes."""
+    """The table ``[checkpoint]``: when a run saves itself, besides at the end of each stage."""
 
     every_steps: int = _number(0, 0, 10_000_000, "steps between two saves; 0: not by steps")
     every_seconds: float = _number(120.0, 0.0, 1e7, "seconds between two saves; 0: not by time")
     keep: int = _number(2, 1, 1000, "how many of the newest are kept")
+    exact: bool = dataclasses.field(
+        default=True, metadata={"meaning": "save each rank's residuals, not only their mean"}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage3Options:
+    """The table ``[stage3]``: the contrastive model that re-ranks samples. What is left out keeps its own default."""
+
+    steps: int | None = _number(None, 0, 10_000_000, "optimizer steps; 0 trains none")
+    batch: int | None = _number(None, 16, 65_536, "pairs a step, over all ranks, a multiple of 16")
+    learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class TrainSettings:
             its own.
         stage1: the discrete VAE.
         stage2: the transformer.
-        stage3: the contrastive model that re-ranks samples.
+        stage3: the contrastive model.
         communication: how gradients are averaged.
         pictures_every: steps between pictures in TensorBoard; 0 draws none.
         sampling: how image tokens are drawn.
@@ -228,15 +228,6 @@ class TrainSettings:
             raise SettingError("stage2.kernel", self.stage2.kernel, "an odd number")
         if self.stage2.neighbours and not self.stage2.code_width:
             raise SettingError("stage2.neighbours", self.stage2.neighbours, "0 where stage2.code_width is 0")
-        group = self.stage3.group
-        for name, right, allowed in (
-            ("pool", self.stage3.pool >= group, "at least"),
-            ("batch", not self.stage3.batch % group, "a multiple of"),
-        ):
-            if not right:
-                raise SettingError(
-                    f"stage3.{name}", getattr(self.stage3, name), f"{allowed} stage3.group, which is {group}"
-                )
         if self.communication.separate and width % self.shard:
             raise SettingError(
                 "stage2.width", width, f"a multiple of shard, which is {self.shard}, for separate = true"
@@ -252,7 +243,7 @@ class DemoSettings:
         seed: decides initial weights, batches and samples; the task itself is always the same.
         steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the preset.
         steps_2: the same for stage 2.
-        steps_3: the same for stage 3; 0 trains nothing that re-ranks.
+        steps_3: the same for stage 3, the contrastive model; 0 trains none.
         reducer: "powersgd" or "allreduce".
         rank: of PowerSGD; ``None`` is the preset's own.
         precision: "fp32", "bf16" or "fp16", as for ``TrainSettings``.
@@ -269,7 +260,7 @@ class DemoSettings:
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
     steps_1: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 1")
     steps_2: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 2")
-    steps_3: int | None = _number(None, 0, 10_000_000, "optimizer steps of stage 3; 0: none")
+    steps_3: int | None = _number(None, 0, 10_000_000, "optimizer steps of stage 3; 0 trains none")
     reducer: str = _choice("powersgd", ("powersgd", "allreduce"), "compressed, or exact")
     rank: int | None = _number(None, 1, 1024, "rank of the compressed gradient")
     precision: str = _choice("fp32", PRECISIONS, "what products are computed in")
@@ -320,12 +311,12 @@ def check_batch(settings: TrainSettings, ranks: int) -> None:
     Raises:
         SettingError: names the stage.
     """
-    for name in ("stage1", "stage2", "stage3"):
+    for name in ("stage1", "stage2"):
         options = getattr(settings, name)
-        parts = (options.accumulate or 1) * getattr(options, "group", 1)
+        parts = options.accumulate or 1
         if options.batch is not None and options.batch % (ranks * parts):
             allowed = f"a multiple of the number of ranks, which is {ranks}"
-            allowed += f", times {name}.accumulate and {name}.group, {parts} in all" if parts > 1 else ""
+            allowed += f", times {name}.accumulate, which is {parts}" if parts > 1 else ""
             raise SettingError(f"{name}.batch", options.batch, allowed)
 
 

@@ -40,7 +40,7 @@ class Stage3Settings(StageSettings):
         steps: optimizer steps.
         batch: captions with pictures a step, over all ranks; a multiple of ``group``.
         learning_rate: the highest one.
-        warmup: fraction of the steps in which the learning rate rises linearly; it then falls as a half cosine.
+        warmup: length in which the learning rate rises linearly; it then falls as a half cosine.
         final_learning_rate: where it ends, as a fraction of ``learning_rate``.
         betas: AdamW's decay rates.
         weight_decay: AdamW's, times the learning rate.
@@ -57,7 +57,7 @@ class Stage3Settings(StageSettings):
     steps: int = 400
     batch: int = 192
     learning_rate: float = 3e-3
-    warmup: float = 0.05
+    warmup: int | float = 0.05
     final_learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05
@@ -73,6 +73,11 @@ class Stage3Settings(StageSettings):
         self.check(("pool",), lambda value: value >= self.group, f"at least group, which is {self.group}")
         self.check(("batch",), lambda value: value % self.group == 0, f"a multiple of group, which is {self.group}")
         self.check(("decoded",), lambda value: 0 <= value <= 1, "from 0 to 1")
+
+    @property
+    def together(self) -> int:
+        """Rows of a batch that are not divided over ranks."""
+        return self.group
 
 
 def train_contrast(
@@ -91,27 +96,24 @@ def train_contrast(
         tokenizer: tokenises captions.
         model: the model's size.
         settings: how it is trained.
-        context: rank, device, seed, reducer, journal and checkpoints. Its precision counts for nothing: products are
-            computed in float32.
+        context: rank, device, seed, reducer and journal. Products are computed in float32 whatever the precision.
 
     Returns:
         The model with averaged weights in eval mode. ``final_loss`` is this rank's mean loss over the last twentieth
         of the steps, before averaging.
 
     Raises:
-        SettingError: the groups of a batch cannot be divided over the ranks and their micro-batches.
-        Stopped: a signal asked to stop; everything has been saved.
+        SettingError: if the groups of a batch cannot be divided over the ranks.
     """
-    each = context.world_size * settings.accumulate
-    if (settings.batch // settings.group) % each:
-        allowed = f"a multiple of {each * settings.group}: groups of {settings.group}, over {context.world_size} ranks"
+    if settings.batch // settings.group % (context.world_size * settings.accumulate):
+        allowed = f"{settings.group} pairs for each of the {context.world_size} ranks, or a multiple"
         raise SettingError("Stage3Settings.batch", settings.batch, allowed)
     context = dataclasses.replace(context, precision="fp32")
     return train(_Stage(source, dvae, tokenizer, model, settings, context), context)
 
 
 class _Stage:
-    """What the trainer is told of stage 3; the rows of a batch are groups."""
+    """What the trainer is told of stage 3."""
 
     grad_scaler = None
 
@@ -150,11 +152,11 @@ class _Stage:
         )
 
     def weight(self, batch: Batch) -> dict[str, float]:
-        return {"pairs": batch[1].shape[0] * batch[1].shape[1]}
+        return {"groups": len(batch[0])}
 
     def loss(self, trained: nn.Module, batch: Batch, step: int) -> Loss:
-        found = trained(*batch)
-        return Loss({"pairs": found.total * self.weight(batch)["pairs"]}, {"right": found.right})
+        loss = trained(*batch)
+        return Loss({"groups": loss.total * len(batch[0])}, {"right": loss.right})
 
     def weight_of_last(self, taken: int) -> float:
         return 1 / (1 + self.settings.averaging * taken) if self.settings.averaging else 1.0
@@ -163,8 +165,8 @@ class _Stage:
         return {"learning_rate": self.settings.learning_rate_at(step)}
 
     def look(self, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Nothing to see: what the model learns is a number."""
-        return {"scale": self.model.log_scale.exp().item()}, {}
+        """Nothing that the figures of every step do not show."""
+        return {}, {}
 
 
 @torch.no_grad()

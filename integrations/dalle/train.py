@@ -50,7 +50,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         for line in source.summary():
             journal.say(line)
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, settings.checkpoint, context)
+        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
         trained = recipe.train(source, chosen, context, journal, checkpoints)
     broken = batches.broken_of(source, context)
     if context.rank != 0:
@@ -121,10 +121,11 @@ def _source(
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
-    """Say how all stages are trained, from what a user chose."""
-    two, three = _given(settings.stage2), _given(settings.stage3)
+    """Say how both stages are trained, from what a user chose."""
+    two = _given(settings.stage2)
     names = ("width", "layers", "heads", "attention", "kernel", "activation", "code_width", "neighbours", "fixed_codes")
     shape = {name: two.pop(name) for name in names if name in two}
+    three = _given(settings.stage3)
     vocabulary, text_length = two.pop("vocabulary"), two.pop("text_length")
     how = settings.communication
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
@@ -136,12 +137,13 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         text_length=text_length,
         transformer=shape,
         stage2=Stage2Settings(**two),
-        stage3=Stage3Settings(**three) if settings.stage3.steps else None,
+        stage3=Stage3Settings(**three) if three.get("steps", 1) else None,
         sampling=SamplingSettings(**_given(settings.sampling)),
         reducers=(averaged, averaged),
         precision=settings.precision,
         shards=settings.shard,
         pictures_every=settings.pictures_every,
+        checkpoint=settings.checkpoint,
     )
 
 

@@ -19,7 +19,7 @@ Encode = Callable[[list[str], np.random.Generator], Tensor]
 """Captions to text tokens ``(n, length)``, with the generator of BPE dropout."""
 
 
-def pictures_of(stream: Stream, part: Part) -> Tensor:
+def pictures_at(stream: Stream, part: Part) -> Tensor:
     """Give the pictures of stage 1.
 
     Args:
@@ -32,7 +32,7 @@ def pictures_of(stream: Stream, part: Part) -> Tensor:
     return to_tensor(np.stack([sample.pixels for sample in stream.samples_at(part)]))
 
 
-def text_and_pictures_of(stream: Stream, part: Part, encode: Encode, uncaptioned: float) -> tuple[Tensor, Tensor]:
+def text_and_pictures_at(stream: Stream, part: Part, encode: Encode, uncaptioned: float) -> tuple[Tensor, Tensor]:
     """Give the text tokens and the pictures of stage 2.
 
     Args:

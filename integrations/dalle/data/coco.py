@@ -54,16 +54,16 @@ def _tables(path: Path) -> tuple[dict[Any, Mapping[str, Any]], list[Any]]:
         raise InputError(f"--data {path}: cannot be read as text in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"--data {path}: is not valid JSON: {error}") from None
-    tables = [whole.get(name) for name in ("images", "annotations")] if isinstance(whole, dict) else [None]
-    if not all(isinstance(table, list) for table in tables):
+    listed, captions = (whole.get(name) if isinstance(whole, dict) else None for name in ("images", "annotations"))
+    if not isinstance(listed, list) or not isinstance(captions, list):
         raise InputError(f"--data {path}: must have the lists 'images' and 'annotations', as COCO's captions have")
     images: dict[Any, Mapping[str, Any]] = {}
-    for number, image in enumerate(tables[0]):
+    for number, image in enumerate(listed):
         fitting = isinstance(image, dict) and isinstance(image.get("id"), int | str)
         if not fitting or not isinstance(image.get("file_name"), str):
             raise InputError(f"--data {path}: entry {number} of 'images' must have an 'id' and a 'file_name'")
         images[image["id"]] = image
-    return images, tables[1]
+    return images, captions
 
 
 def _folder(annotations: Path, names: Any) -> Path:

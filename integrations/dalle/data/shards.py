@@ -32,11 +32,11 @@ def expand(pattern: str) -> list[str]:
     Raises:
         InputError: no shard is there.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         patterns = [name for part in pattern.split("::") for name in braceexpand(part)]
-    except (UnbalancedBracesError, ValueError):
+    except ValueError:
         raise InputError(f"--data {pattern}: its braces do not match") from None
     found: list[str] = []
     for name in patterns:
@@ -88,7 +88,7 @@ def _members(file: BinaryIO, shard: str, collector: Collector) -> Iterator[dict[
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while member := archive.next():
-                archive.members = []  # it would keep them all
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it would keep them all
                 if not member.isreg() or member.issparse() or _META.match(member.name):
                     continue
                 if member.offset_data + member.size > length:

@@ -10,7 +10,7 @@ def place_of(name: str) -> float:
 
     Example:
         >>> round(place_of("a.png"), 3)
-        0.0
+        0.496
     """
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 

@@ -1,8 +1,11 @@
 """Runs that are killed, stopped, or go on with other ranks: what is resumed is what was stopped, to the bit."""
 
 import os
+import random
+import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ from distopt.integrations.dalle.stage2 import Stage2Settings
 from safetensors.torch import load_file
 
 from distopt import checkpoint
+from distopt.errors import CheckpointError
+from tests.faults.draw import count
 from tests.integrations.dalle.test_stage2 import Flags
 from tests.processes import run_mortals
 
@@ -63,7 +68,7 @@ def train(context, out, chosen, options=EVERY_3, source=None):
     return trained
 
 
-def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, wide=False):
+def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, wide=False, lose=None):
     """A rank of a run that may be killed on the way; the first tells where it begins, and every save that returned."""
     if wide:
         torch.set_default_dtype(torch.float64)
@@ -78,6 +83,8 @@ def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, 
             os.kill(os.getpid(), signal.SIGTERM)
 
     def resumed(self, states, registration):
+        if lose is not None:
+            forget(lose, states, registration)
         first = resume(self, states, registration)
         say(("begins", self._before + first))
         return first
@@ -90,10 +97,20 @@ def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, 
         # The time runs from here: what comes before is the same for every process.
         threading.Timer(fate[2], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     trained = train(context, out, chosen, options, WideFlags() if wide else None)
-    say(("done", trained.stage2.final_loss, trained.stage1.stats.steps, len(trained.stage1.curve)))
+    say(("done", trained.stages[1].final_loss, trained.stages[0].stats.steps, len(trained.stages[0].curve)))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def forget(lost, states, registration):
+    """Let what is loaded of one state be lost."""
+    if lost == "own":
+        registration.load_own_residuals = lambda state: None
+    elif lost == "registration":
+        registration.load_state_dict = registration.load_own_residuals = lambda state: None
+    else:
+        states[lost].load_state_dict = lambda state: None
 
 
 def run(out, world_size, *more, **named):
@@ -135,3 +152,88 @@ def test_a_run_that_is_stopped_in_both_stages_is_the_undisturbed_one(tmp_path, p
     assert told[0] == ("begins", STEPS + 7)
     assert same(model(out), model(tmp_path / "whole"))
     assert {fate.said[-1][2:] for fate in fates} == {(STEPS, STEPS)}
+
+
+def test_four_ranks_go_on_with_a_run_of_two(tmp_path):
+    chosen = small(steps=20)
+    assert not [fate for fate in run(tmp_path / "two", 2, chosen, wide=True)[0] if fate.error]
+    run(tmp_path / "four", 2, chosen, fate=("signal", 0, 9), wide=True)
+    _, told = run(tmp_path / "four", 4, chosen, wide=True)
+    assert told[0] == ("begins", 10)
+    two, four = model(tmp_path / "two"), model(tmp_path / "four")
+    for part in two:
+        for name, values in two[part].items():
+            assert values.dtype == torch.float64
+            assert (values - four[part][name]).abs().max() < 1e-9, name
+
+
+def test_killed_at_random_moments_a_run_loses_at_most_one_save(tmp_path):
+    chance, chosen, kills = random.Random(3), small(), 0
+    began = time.monotonic()
+    run(tmp_path / "whole", 2, chosen)
+    whole, seconds = model(tmp_path / "whole"), time.monotonic() - began
+    runs = 0
+    while kills < count(4, 200):
+        out, saved, runs = tmp_path / f"run{runs}", 0, runs + 1
+        while True:
+            victims = chance.choice([(0,), (1,), (0, 1)])
+            fate = ("kill", victims, chance.random() * seconds)
+            fates, told = run(out, 2, chosen, fate=fate)
+            begun = [step for what, step in told if what == "begins"]
+            # What was saved last is what it goes on from, whether or not anybody was told; nothing older.
+            assert not begun or begun[0] >= saved
+            saved = max([saved, *(step for what, step in told if what == "saved")])
+            if all(fate.code == 0 and not fate.error for fate in fates):
+                break
+            kills += 1
+        assert same(model(out), whole)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("lost", ["own", "averaged", "scaler", "optimizer", "stepper", "registration", "history"])
+def test_nothing_that_is_saved_could_be_left_out(tmp_path, lost):
+    """Each state decides something: a run that goes on without one of them is another run, or tells of another."""
+    if os.environ.get("DISTOPT_TESTS") != "full" and lost != "averaged":
+        pytest.skip("one of seven in make test")
+    chosen = small("fp16")
+    run(tmp_path / "whole", 2, chosen)
+    run(tmp_path / "parts", 2, chosen, fate=("signal", 0, STEPS + 3))
+    fates, _ = run(tmp_path / "parts", 2, chosen, lose=lost)
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    if lost in ("history", "stepper"):
+        assert len(fates[0].said[-1]) == 4
+    assert same(model(parts), model(whole)) == (lost in ("history",))
+
+
+def test_other_data_and_damaged_checkpoints_are_told_of(tmp_path):
+    chosen = small(steps=2)
+    train(Context(), tmp_path, chosen)
+
+    class Others(Flags):
+        def captions(self):
+            return ["red over red"]
+
+    with pytest.raises(InputError, match="its captions are not those"):
+        train(Context(), tmp_path, chosen, source=Others())
+    again = train(Context(), tmp_path, chosen)
+    assert len(again.stage2.curve) == len(again.stage1.curve) == 2
+    for entry in (tmp_path / "checkpoints").iterdir():
+        (entry / "run.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is whole"):
+        train(Context(), tmp_path, chosen)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_a_run_is_saved_by_steps_and_by_time(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(module, "_ASK_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, **_: saved.append(step))
+    chosen = small(steps=4)
+    train(Context(), tmp_path, chosen, CheckpointOptions(every_steps=3, every_seconds=0.0))
+    assert saved == [3, 4, 4 + 3, 4 + 4]
+    saved.clear()
+    train(Context(), tmp_path, chosen, CheckpointOptions(every_steps=0, every_seconds=1e-9))
+    assert saved == [1, 2, 3, 4, 5, 6, 7, 8]
+    saved.clear()
+    train(Context(), tmp_path, chosen, CheckpointOptions(every_steps=0, every_seconds=1e6))
+    assert saved == [4, 8]

@@ -34,7 +34,7 @@ def _together(stream, ranks, uncaptioned=0.3):
     for step in range(4):
         for rank in range(ranks):
             part = Context(rank=rank, world_size=ranks).part(2, step, 12)
-            text, drawn = batches.text_and_pictures_of(stream, part, encode, uncaptioned)
+            text, drawn = batches.text_and_pictures_at(stream, part, encode, uncaptioned)
             assert len(text) == len(drawn) == 12 // ranks
             texts.append(text)
             pictures.append(drawn)
@@ -59,13 +59,13 @@ def test_some_captions_are_dropped_and_no_picture(stream):
 def test_the_global_batch_of_stage_one_is_the_same_for_any_number_of_ranks(stream, ranks):
     for step in range(3):
         parts = [Context(rank=rank, world_size=ranks).part(1, step, 12) for rank in range(ranks)]
-        together = torch.cat([batches.pictures_of(stream, part) for part in parts])
-        assert torch.equal(together, batches.pictures_of(stream, Context().part(1, step, 12)))
+        together = torch.cat([batches.pictures_at(stream, part) for part in parts])
+        assert torch.equal(together, batches.pictures_at(stream, Context().part(1, step, 12)))
 
 
 def test_broken_pictures_are_gathered(stream):
     for step in range(4):
-        batches.pictures_of(stream, Context().part(1, step, 12))
+        batches.pictures_at(stream, Context().part(1, step, 12))
     assert batches.broken_of(stream, Context()) == ["007.png"]
 
 
