@@ -32,15 +32,20 @@ class _Size:
     ranks: tuple[int, int]
 
 
+def _stage2(**settings: Any) -> Stage2Settings:
+    # Pairs that no caption names are drawn three times as often as under a decay of 0.045.
+    return Stage2Settings(weight_decay=0.5, **settings)
+
+
 _SIZES = {
     # At rank 4 the tokenizer loses three pictures in a hundred.
     "demo": _Size(
-        dvae=DVAESettings(), stage1=Stage1Settings(), stage2=Stage2Settings(), stage3=Stage3Settings(), ranks=(8, 6)
+        dvae=DVAESettings(), stage1=Stage1Settings(), stage2=_stage2(), stage3=Stage3Settings(), ranks=(8, 6)
     ),
     "small": _Size(
         dvae=DVAESettings(codes=256),
         stage1=Stage1Settings(steps=12_000, averaging=0.999),
-        stage2=Stage2Settings(steps=12_000),
+        stage2=_stage2(steps=12_000),
         stage3=Stage3Settings(steps=2_000),
         ranks=(16, 8),
     ),
@@ -122,7 +127,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         stage1=stage1,
         vocabulary=_VOCABULARY,
         text_length=_TEXT_LENGTH,
-        transformer={},
+        transformer={"fixed_codes": True},
         stage2=stage2,
         stage3=stage3,
         sampling=SamplingSettings(),

@@ -93,8 +93,8 @@ class Stage2Options:
     kernel: int = _number(11, 1, 63, "side of the square that the convolution sees, an odd number")
     activation: str = _choice("relu", ACTIVATIONS, "of the MLP")
     code_width: int = _number(64, 0, 8192, "features of a code's vector; 0 embeds codes at the full width")
-    fixed_codes: bool = True
-    """Leave the codes' vectors as they start, from what each code looks like."""
+    fixed_codes: bool = False
+    """Leave the codes' vectors as they start, from what each code looks like: good for plain forms in plain colours."""
     neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
 
 
