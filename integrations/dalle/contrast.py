@@ -9,8 +9,8 @@ A vector for the whole picture would have to keep apart what belongs to which th
 not. The maximum is a smooth one, so that every place learns.
 
 Form and colour are seen apart. Form is how far a pixel is from the picture's median colour, one number a pixel, at the
-pixels' own size; colour is averaged over each place, as it differs from the median. A form learned in one colour is
-then known in every other, and no "cyan diamond" has to be met for both words to find it.
+pixels' own size; colour is averaged over each place, as it is and as it differs from the median. A form learned in one
+colour is then known in every other, and no "cyan diamond" has to be met for both words to find it.
 
 =======  =======================================
 symbol   meaning
@@ -125,7 +125,7 @@ class Contrast(nn.Module):
             side = math.ceil(side / 2)
         self.position = nn.Parameter(0.1 * torch.randn(last, side, side))
         self.around = nn.ModuleList(_Around(last) for _ in range(2))
-        self.colour = nn.Sequential(nn.Conv2d(3, settings.width, 1), nn.GELU(), nn.Conv2d(settings.width, last, 1))
+        self.colour = nn.Sequential(nn.Conv2d(6, settings.width, 1), nn.GELU(), nn.Conv2d(settings.width, last, 1))
         self.place_norm, self.place_out = nn.LayerNorm(2 * last), nn.Linear(2 * last, features)
         self.embedding = nn.Embedding(settings.text_vocabulary, features)
         self.text_position = nn.Parameter(0.1 * torch.randn(settings.text_length, features))
@@ -156,6 +156,7 @@ class Contrast(nn.Module):
         # What a place differs by, whatever part of it does: the edge of a thing has the colour of its middle.
         side = form.shape[-2:]
         colour = F.adaptive_avg_pool2d(differing, side) / (F.adaptive_avg_pool2d(distance, side) + _FAINT)
+        colour = torch.cat([colour, F.adaptive_avg_pool2d(pictures, side)], dim=1)
         hidden = torch.cat([form, self.colour(colour)], dim=1).flatten(2).transpose(1, 2)
         return F.normalize(self.place_out(self.place_norm(hidden)), dim=-1)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .codes import Codec
 from .sampling import SamplingSettings, sample
 from .scenes import Scenes, Triple, to_uint8
-from .scorer import matches_all
+from .scorer import matches_all, read_all, two_things
 from .text import Tokenizer
 from .transformer import Transformer
 
@@ -103,6 +104,45 @@ def evaluate_generation(
     pictures = generate(transformer, dvae, tokenizer, said, sampling, generator)
     right = matches_all(to_uint8(pictures), triples)
     return wilson(sum(right), n), list(zip(captions, right, strict=True)), pictures
+
+
+def attributes(pictures: np.ndarray, triples: Sequence[Triple]) -> dict[str, Score | None]:
+    """Tell what about pictures is right, each attribute among the pictures of which it can be asked.
+
+    Args:
+        pictures: uint8 ``(n, 24, 24, 3)``.
+        triples: what each should show.
+
+    Returns:
+        Shares with their intervals, ``None`` where no picture can be asked. ``count``: exactly two things, of all
+        pictures. ``readable``: both of them are shapes, and their order is clear, of those. ``colours`` and
+        ``shapes``: the right two, whichever thing has which, of the readable ones. ``pairs``: each colour is on its
+        shape, of those with the right colours and shapes. ``relation``: they lie as they should, of those with the
+        right pairs. The product of the shares, ``colours`` and ``shapes`` taken together, is the exact score.
+    """
+    readings = read_all(pictures)
+    readable = [(r.content, t.content()) for r, t in zip(readings, triples, strict=True) if r is not None]
+    right = {
+        name: [_both(shown, name) == _both(said, name) for shown, said in readable] for name in ("colour", "shape")
+    }
+    asked = [pair for pair, *both in zip(readable, *right.values(), strict=True) if all(both)]
+    paired = [(shown, said) for shown, said in asked if _both(shown) == _both(said)]
+    count = sum(two_things(pictures))
+    shares = {
+        "count": (count, len(pictures)),
+        "readable": (len(readable), count),
+        "colours": (sum(right["colour"]), len(readable)),
+        "shapes": (sum(right["shape"]), len(readable)),
+        "pairs": (len(paired), len(asked)),
+        "relation": (sum(shown == said for shown, said in paired), len(paired)),
+    }
+    return {name: wilson(hits, n) if n else None for name, (hits, n) in shares.items()}
+
+
+def _both(triple: Triple, attribute: str | None = None) -> list[Any]:
+    """Both things of a triple, or an attribute of both, in an order that does not depend on the relation."""
+    things = (triple.first, triple.second)
+    return sorted(things if attribute is None else (getattr(thing, attribute) for thing in things))
 
 
 def wilson(hits: int, n: int) -> Score:

@@ -53,17 +53,7 @@ def read_all(pictures: np.ndarray) -> list[Reading | None]:
     Raises:
         ValueError: another shape or dtype.
     """
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"pictures must be uint8 (n, {SIZE}, {SIZE}, 3), got {pictures.dtype} {pictures.shape}")
-    labels = nearest_colours(pictures)
-    owners, roots = [], []
-    components = connected_components(labels)
-    for i, component in enumerate(components):
-        found, counts = np.unique(component[labels[i] > 0], return_counts=True)
-        things = found[counts >= MIN_PIXELS]
-        if len(things) == 2 and counts[counts < MIN_PIXELS].sum() < MIN_PIXELS:
-            owners.append(i)
-            roots.append(things)
+    labels, components, owners, roots = _things(pictures)
     readings: list[Reading | None] = [None] * len(pictures)
     if not owners:
         return readings
@@ -75,6 +65,12 @@ def read_all(pictures: np.ndarray) -> list[Reading | None]:
             colours[k], shapes[2 * k : 2 * k + 2], ious[2 * k : 2 * k + 2], centres[2 * k : 2 * k + 2]
         )
     return readings
+
+
+def two_things(pictures: np.ndarray) -> list[bool]:
+    """Whether each of the uint8 ``(n, 24, 24, 3)`` pictures has exactly two things and little else, of any form."""
+    _, _, owners, _ = _things(pictures)
+    return np.isin(np.arange(len(pictures)), owners).tolist()
 
 
 def read(picture: np.ndarray) -> Reading | None:
@@ -144,6 +140,22 @@ def _template_bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             centres.append(corners + (diameter - 1) / 2)
     stacked = np.concatenate(templates).astype(np.float32)
     return stacked, stacked.sum(1), np.concatenate(centres)
+
+
+def _things(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int], list[np.ndarray]]:
+    """Colours and components of all pixels, the pictures that have two things, and the two components of each."""
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError(f"pictures must be uint8 (n, {SIZE}, {SIZE}, 3), got {pictures.dtype} {pictures.shape}")
+    labels = nearest_colours(pictures)
+    components = connected_components(labels)
+    owners, roots = [], []
+    for i, component in enumerate(components):
+        found, counts = np.unique(component[labels[i] > 0], return_counts=True)
+        things = found[counts >= MIN_PIXELS]
+        if len(things) == 2 and counts[counts < MIN_PIXELS].sum() < MIN_PIXELS:
+            owners.append(i)
+            roots.append(things)
+    return labels, components, owners, roots
 
 
 def _best_templates(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -213,9 +213,9 @@ def alike(text: Tensor, count: int, rng: np.random.Generator) -> Tensor:
         Indices ``(count,)``, the first one first, then the others as they are less alike.
 
     Example:
-        >>> text = torch.tensor([[1, 2], [3, 4], [1, 2], [1, 4]])
+        >>> text = torch.tensor([[1, 2], [3, 4], [1, 2], [3, 4]])
         >>> sorted(alike(text, 2, np.random.default_rng(2)).tolist())
-        [0, 2]
+        [1, 3]
     """
     bags = torch.zeros(len(text), int(text.max()) + 2)
     bags.scatter_add_(1, text + 1, (text != PAD).float())
