@@ -18,6 +18,8 @@ CONTRAST = "contrast.safetensors"
 """Of runs that have a contrastive model."""
 SCALES = "scales.png"
 _KINDS = ("demo", "folder")
+BUNDLED = Path(__file__).parent / "models" / "demo"
+"""A run of the demo that is installed with the package."""
 
 
 @dataclass(frozen=True)
