@@ -46,7 +46,7 @@ def _size(preset: str) -> _Size:
     return _Size(
         dvae=DVAESettings(),
         stage1=Stage1Settings(),
-        stage2=Stage2Settings(weight_decay=decay),
+        stage2=Stage2Settings(steps=3_600, weight_decay=decay),
         stage3=Stage3Settings(),
         # At rank 4 the tokenizer loses three pictures in a hundred.
         ranks=(8, 6),
