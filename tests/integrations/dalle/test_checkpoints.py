@@ -1,11 +1,11 @@
 """Runs that are killed, stopped, or go on with other ranks: what is resumed is what was stopped, to the bit."""
 
+import math
 import os
 import random
 import shutil
 import signal
-import threading
-import time
+import sys
 
 import pytest
 import torch
@@ -68,6 +68,18 @@ def train(context, out, chosen, options=EVERY_3, source=None):
     return trained
 
 
+class Moments:
+    """Counts calls and returns of functions, those of the system too, and kills the process at one of them."""
+
+    def __init__(self, last):
+        self.passed, self.last = 0, last
+
+    def __call__(self, *event):
+        self.passed += 1
+        if self.passed >= self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, wide=False, lose=None):
     """A rank of a run that may be killed on the way; the first tells where it begins, and every save that returned."""
     if wide:
@@ -93,11 +105,20 @@ def job(rank, say, folder, world_size, out, chosen, options=EVERY_3, fate=None, 
     patch.setattr(module, "_ASK_SECONDS", 0.0)  # after every step
     patch.setattr(checkpoint, "save", told)
     patch.setattr(module.StageSaver, "resume", resumed)
-    if fate is not None and fate[0] == "kill" and rank in fate[1]:
-        # The time runs from here: what comes before is the same for every process.
-        threading.Timer(fate[2], lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+    moments = Moments(fate[2] if fate is not None and fate[0] == "kill" and rank in fate[1] else math.inf)
+    if fate is not None and fate[0] == "kill":
+        sys.setprofile(moments)
     trained = train(context, out, chosen, options, WideFlags() if wide else None)
-    say(("done", trained.stages[1].final_loss, trained.stages[0].stats.steps, len(trained.stages[0].curve)))
+    sys.setprofile(None)
+    say(
+        (
+            "done",
+            moments.passed,
+            trained.stages[1].final_loss,
+            trained.stages[0].stats.steps,
+            len(trained.stages[0].curve),
+        )
+    )
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -152,7 +173,7 @@ def test_a_run_that_is_stopped_in_both_stages_is_the_undisturbed_one(tmp_path, p
     fates, told = run(out, world_size, chosen)
     assert told[0] == ("begins", STEPS + 7)
     assert same(model(out), model(tmp_path / "whole"))
-    assert {fate.said[-1][2:] for fate in fates} == {(STEPS, STEPS)}
+    assert {fate.said[-1][3:] for fate in fates} == {(STEPS, STEPS)}
 
 
 def test_four_ranks_go_on_with_a_run_of_two(tmp_path):
@@ -169,24 +190,20 @@ def test_four_ranks_go_on_with_a_run_of_two(tmp_path):
 
 
 def test_killed_at_random_moments_a_run_loses_at_most_one_save(tmp_path):
-    chance, chosen, kills = random.Random(3), small(), 0
-    began = time.monotonic()
-    run(tmp_path / "whole", 2, chosen)
-    whole, seconds = model(tmp_path / "whole"), time.monotonic() - began
-    runs = 0
+    chance, chosen, kills, runs = random.Random(3), small(), 0, 0
+    fates, _ = run(tmp_path / "whole", 2, chosen, fate=("kill", (), math.inf))
+    whole, moments = model(tmp_path / "whole"), fates[0].said[-1][1]
     while kills < count(3, 200):
-        out, saved, runs = tmp_path / f"run{runs}", 0, runs + 1
-        while True:
-            victims = chance.choice([(0,), (1,), (0, 1)])
-            fate = ("kill", victims, chance.random() * seconds)
+        out, saved, runs, done = tmp_path / f"run{runs}", 0, runs + 1, False
+        while not done:
+            fate = ("kill", chance.choice([(0,), (1,), (0, 1)]), chance.randrange(1, moments))
             fates, told = run(out, 2, chosen, fate=fate)
             begun = [step for what, step in told if what == "begins"]
             # What was saved last is what it goes on from, whether or not anybody was told; nothing older.
             assert not begun or begun[0] >= saved
             saved = max([saved, *(step for what, step in told if what == "saved")])
-            if all(fate.code == 0 and not fate.error for fate in fates):
-                break
-            kills += 1
+            kills += -signal.SIGKILL in [fate.code for fate in fates]
+            done = any(what[0] == "done" for what in fates[0].said)
         assert same(model(out), whole)
         shutil.rmtree(out)
 
