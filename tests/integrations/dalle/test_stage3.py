@@ -121,5 +121,5 @@ def test_settings_that_do_not_fit_are_refused(wrong, name):
 
 
 def test_groups_must_be_divisible_over_the_ranks():
-    with pytest.raises(SettingError, match="Stage3Settings.batch is 24, but must be 4 pairs for each of the 4 ranks"):
+    with pytest.raises(SettingError, match=r"Stage3Settings\.batch is 24, but must be 4 pairs for each of the 4 ranks"):
         train_contrast(Flags(), Corners(), TOKENIZER, MODEL, SETTINGS, Context(world_size=4))
