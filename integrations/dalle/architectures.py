@@ -11,7 +11,7 @@ from .dvae import DVAE, DVAESettings
 from .paper_dvae import PaperDVAE, PaperDVAESettings
 from .published import find_published, published_settings
 from .relaxed import RelaxedVAE
-from .settings import Stage1Options
+from .settings import InputError, Stage1Options
 
 AnyDVAESettings = DVAESettings | PaperDVAESettings
 _SETTINGS: dict[str, type[AnyDVAESettings]] = {"small": DVAESettings, "paper": PaperDVAESettings}
@@ -43,7 +43,10 @@ def settings_of(options: Stage1Options, size: int) -> AnyDVAESettings:
         4
     """
     if options.weights is not None:
-        found = published_settings(*find_published(Path(options.weights)), size)
+        try:
+            found = published_settings(*find_published(Path(options.weights)), size)
+        except InputError as error:
+            raise InputError(f"stage1.weights: {error}") from None
         if options.codes not in (None, found.codes):
             raise SettingError("stage1.codes", options.codes, f"{found.codes}, as the weights have, or left out")
         return found

@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
     sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
-    _add_run(sample)
+    _add_run(sample, runs.BUNDLED, "; without it, a model of the demo that is installed with the package")
     sample.add_argument("--caption", required=True, metavar="TEXT", help="what to draw")
     sample.add_argument("--out", type=Path, required=True, metavar="F.png", help="one picture, or a sheet of several")
     sample.add_argument("--n", type=_whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)")
@@ -286,9 +286,12 @@ def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
             parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    meaning = "a folder that demo or train wrote"
-    parser.add_argument("--run", type=Path, required=True, metavar="RUN", dest="run_folder", help=meaning)
+def _add_run(parser: argparse.ArgumentParser, default: Path | None = None, remark: str = "") -> None:
+    meaning = "a folder that demo or train wrote" + remark
+    required = default is None
+    parser.add_argument(
+        "--run", type=Path, required=required, default=default, metavar="RUN", dest="run_folder", help=meaning
+    )
 
 
 def _toml_names() -> str:

@@ -19,6 +19,8 @@ from .checkpoints import Stopped
 from .context import Context
 from .launch import FAILED, INTERRUPTED, MEETING, REFUSED, Place
 
+_PATIENCE = timedelta(minutes=30)
+
 
 def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) -> int:
     """Join the other ranks and do ``task`` with them.
@@ -80,15 +82,27 @@ def _process_group(where: Place, device: str, meeting: str | None) -> Generator[
         torch.cuda.set_device(chosen)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method="env://" if meeting is None else f"file://{meeting}/store",
+        store=_store(where, meeting),
         rank=where.rank,
         world_size=where.world_size,
-        timeout=timedelta(minutes=30),
+        timeout=_PATIENCE,
     )
     yield chosen
     # Nobody leaves while another rank is still talking to it.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _store(where: Place, meeting: str | None) -> dist.Store:
+    """Where the ranks find each other: in our folder, or at the address that torchrun gives."""
+    if meeting is not None:
+        return dist.FileStore(f"{meeting}/store", where.world_size)
+    store, _, _ = next(dist.rendezvous("env://", where.rank, where.world_size, timeout=_PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart torchrun may give its old store again, with the addresses of ranks that are dead. Its count
+        # of restarts is the same for all ranks on one machine.
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
 
 
 def _leave_word(meeting: Path, rank: int, line: str, details: str) -> None:

@@ -19,6 +19,8 @@ CONTRAST = "contrast.safetensors"
 SCALES = "scales.png"
 EVALUATION = "evaluation"
 _KINDS = ("demo", "folder")
+BUNDLED = Path(__file__).parent / "models" / "demo"
+"""A run of the demo that is installed with the package."""
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ class Stage2Options:
     kernel: int = _number(11, 1, 63, "side of the square that the convolution sees, an odd number")
     activation: str = _choice("relu", ACTIVATIONS, "of the MLP")
     code_width: int = _number(64, 0, 8192, "features of a code's vector; 0 embeds codes at the full width")
-    fixed_codes: bool = True
-    """Leave the codes' vectors as they start, from what each code looks like."""
+    fixed_codes: bool = False
+    """Leave the codes' vectors as they start, from what each code looks like: good for plain forms in plain colours."""
     neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
 
 
@@ -114,9 +114,12 @@ class CheckpointOptions:
 class Stage3Options:
     """The table ``[stage3]``: the contrastive model that re-ranks samples. What is left out keeps its own default."""
 
-    steps: int | None = _number(None, 0, 10_000_000, "optimizer steps; 0 trains none")
-    batch: int | None = _number(None, 16, 65_536, "pairs a step, over all ranks, a multiple of 16")
+    steps: int = _number(0, 0, 10_000_000, "optimizer steps; 0 trains no such model")
+    batch: int | None = _number(None, 2, 65_536, "pairs a step, over all ranks; a multiple of group")
     learning_rate: float | None = _number(None, 1e-8, 1.0, "its largest value")
+    accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
+    group: int | None = _number(None, 2, 4096, "pairs that are compared with each other")
+    pool: int | None = _number(None, 2, 65_536, "pairs that a group is chosen from, by how many words they share")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ class Stage2Settings(StageSettings):
     warmup: float = 0.05
     final_learning_rate: float = 0.02
     betas: tuple[float, float] = (0.9, 0.96)
-    weight_decay: float = 0.5
+    weight_decay: float = 0.045
     clip: float = 1.0
     averaging: float = 0.05
     bpe_dropout: float = 0.1

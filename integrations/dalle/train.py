@@ -131,7 +131,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         text_length=text_length,
         transformer=shape,
         stage2=Stage2Settings(**two),
-        stage3=Stage3Settings(**three) if three.get("steps", 1) else None,
+        stage3=Stage3Settings(**three) if three["steps"] else None,
         sampling=SamplingSettings(**_given(settings.sampling)),
         reducers=(averaged, averaged),
         precision=settings.precision,

@@ -80,7 +80,7 @@ class TransformerSettings:
     attention: str = "full"
     kernel: int = 11
     activation: str = "relu"
-    fixed_codes: bool = True
+    fixed_codes: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -206,13 +206,14 @@ class Transformer(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith(("attention_out.weight", "mlp_out.weight")):
                 weight.mul_((2 * settings.layers) ** -0.5)
+        # At zero every LayerNorm would make the gradient of the start 300 times larger: clipping would leave nothing of
+        # the others in the first steps, and deep models would overflow.
+        nn.init.normal_(self.start, std=0.5)
         self.code_embedding.weight[-1].zero_()
         # Small logits at first: the first steps need not unlearn a guess.
         self.text_unembedding.weight.mul_(0.1)
         if not settings.code_width:
             self.image_unembedding.weight.mul_(0.1)
-            # At zero every LayerNorm would make the gradient of the start 300 times larger: deep models overflow.
-            nn.init.normal_(self.start, std=0.5)
             return
         shape = (settings.codes, settings.code_width)
         if vectors is None:

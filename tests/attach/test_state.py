@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
+from distopt.errors import StateError
 from tests.attach.models import batch, gradients, mlp, parameters, same, wrap
 from tests.processes import run_ranks
 
@@ -251,3 +252,64 @@ def test_a_registration_is_stateful_to_distributed_checkpoint(tmp_path, before, 
         if before == after:
             assert same(ahead, saved[0][1])
             assert stats == saved[rank][2]
+
+
+def exact_job(rank, residual_dtype, saved_at):
+    """Save at a step in the middle, or not; what was saved, and how it ended."""
+    reducer = distopt.PowerSGD(rank=2, residual_dtype=residual_dtype)
+    model = wrap(mlp())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    registration = distopt.register(model, reducer, grad_scaler=scaler)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    saved = None
+    for step in range(TOTAL):
+        if step == saved_at:
+            own = registration.own_residuals()
+            saved = copy.deepcopy([model.module.state_dict(), registration.state_dict(), own])
+            registration.load_own_residuals(own)
+        if saved is not None and step == saved_at + 2:
+            # A rank that is started again: everything anew, in other units.
+            registration.load_state_dict(saved[1])
+            model.module.load_state_dict(saved[0])
+            registration.load_own_residuals(saved[2])
+            for again in range(saved_at, step):
+                scaled_step(model, optimizer, scaler, rank, again)
+        scaled_step(model, optimizer, scaler, rank, step)
+    return parameters(model)
+
+
+def scaled_step(model, optimizer, scaler, rank, step):
+    scaler.scale(model(batch(rank, step)).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("residual_dtype", [None, "1-6-9", torch.bfloat16])
+def test_with_its_own_residuals_a_save_changes_nothing_and_goes_on_to_the_bit(residual_dtype):
+    undisturbed, saved = (run_ranks(2, exact_job, residual_dtype, at) for at in (-1, 3))
+    assert same(undisturbed[0], saved[0])
+    assert same(undisturbed[1], saved[1])
+
+
+def test_residuals_of_another_model_or_format_are_refused(lone_registration):
+    registration = lone_registration
+    own = registration.own_residuals()
+    name = next(iter(own))
+    for state, words in (
+        ({}, "is only here"),
+        ({**own, "other": own[name]}, "'other' is only there"),
+        ({**own, name: {"unit": 1.0, "values": torch.zeros(1)}}, "in another shape or format"),
+    ):
+        with pytest.raises(StateError, match=words):
+            registration.load_own_residuals(state)
+    registration.load_own_residuals(own)
+
+
+@pytest.fixture
+def lone_registration():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, registration, optimizer = begin(12, torch.float32, {})
+    step_on(model, optimizer, 0, 0, torch.float32)
+    yield registration
+    dist.destroy_process_group()

@@ -70,7 +70,7 @@ def test_a_published_dvae_takes_the_place_of_stage_1(folder: Path, tmp_path: Pat
 def test_weights_that_do_not_suit_are_refused_before_any_work(folder: Path):
     with pytest.raises(SettingError, match=r"stage1.codes is 17, but must be 16, as the weights have"):
         settings_of(Stage1Options(architecture="paper", weights=str(folder), codes=17), 24)
-    with pytest.raises(InputError, match="has no encoder"):
+    with pytest.raises(InputError, match=r"stage1.weights: .*has no encoder"):
         settings_of(Stage1Options(architecture="paper", weights=str(folder / "none")), 24)
     with pytest.raises(SettingError, match="size is 26"):
         settings_of(Stage1Options(architecture="paper", weights=str(folder)), 26)

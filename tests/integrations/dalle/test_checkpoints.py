@@ -19,7 +19,7 @@ from distopt.integrations.dalle.journal import RunJournal
 from distopt.integrations.dalle.precision import reducer
 from distopt.integrations.dalle.recipe import Recipe
 from distopt.integrations.dalle.sampling import SamplingSettings
-from distopt.integrations.dalle.settings import CheckpointOptions
+from distopt.integrations.dalle.settings import CheckpointOptions, InputError
 from distopt.integrations.dalle.stage1 import Stage1Settings
 from distopt.integrations.dalle.stage2 import Stage2Settings
 from safetensors.torch import load_file
@@ -115,7 +115,7 @@ def forget(lost, states, registration):
 
 def run(out, world_size, *more, **named):
     out.mkdir(exist_ok=True)
-    fates = run_mortals(world_size, _named, world_size, out, more, named)
+    fates = run_mortals(world_size, _named, world_size, out, more, named, timeout=100.0)
     return fates, [what for what in fates[0].said if what[0] != "done"]
 
 
@@ -131,9 +131,10 @@ def same(one, other):
     return all(torch.equal(one[part][name], other[part][name]) for part in one for name in one[part])
 
 
-@pytest.mark.parametrize(
-    ("precision", "world_size", "shards"), [("fp32", 2, 1), ("fp16", 2, 1), ("fp32", 4, 2), ("fp16", 2, 2)]
-)
+KINDS = [("fp16", 2, 1), ("fp32", 2, 2), ("fp32", 2, 1), ("fp32", 4, 2), ("fp16", 4, 2)]
+
+
+@pytest.mark.parametrize(("precision", "world_size", "shards"), KINDS[: count(1, len(KINDS))])
 def test_a_run_that_is_stopped_in_both_stages_is_the_undisturbed_one(tmp_path, precision, world_size, shards):
     chosen = small(precision, shards)
     fates, told = run(tmp_path / "whole", world_size, chosen, CheckpointOptions(every_seconds=0.0))
@@ -173,7 +174,7 @@ def test_killed_at_random_moments_a_run_loses_at_most_one_save(tmp_path):
     run(tmp_path / "whole", 2, chosen)
     whole, seconds = model(tmp_path / "whole"), time.monotonic() - began
     runs = 0
-    while kills < count(4, 200):
+    while kills < count(3, 200):
         out, saved, runs = tmp_path / f"run{runs}", 0, runs + 1
         while True:
             victims = chance.choice([(0,), (1,), (0, 1)])
@@ -190,19 +191,17 @@ def test_killed_at_random_moments_a_run_loses_at_most_one_save(tmp_path):
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("lost", ["own", "averaged", "scaler", "optimizer", "stepper", "registration", "history"])
+STATES = ["averaged", "own", "registration", "model", "optimizer", "scaler", "stepper"]
+
+
+@pytest.mark.parametrize("lost", STATES[: count(1, len(STATES))])
 def test_nothing_that_is_saved_could_be_left_out(tmp_path, lost):
-    """Each state decides something: a run that goes on without one of them is another run, or tells of another."""
-    if os.environ.get("DISTOPT_TESTS") != "full" and lost != "averaged":
-        pytest.skip("one of seven in make test")
+    """Each state decides the end of the run: this is how the tests above would notice that one is missing."""
     chosen = small("fp16")
     run(tmp_path / "whole", 2, chosen)
     run(tmp_path / "parts", 2, chosen, fate=("signal", 0, STEPS + 3))
-    fates, _ = run(tmp_path / "parts", 2, chosen, lose=lost)
-    whole, parts = (tmp_path / name for name in ("whole", "parts"))
-    if lost in ("history", "stepper"):
-        assert len(fates[0].said[-1]) == 4
-    assert same(model(parts), model(whole)) == (lost in ("history",))
+    run(tmp_path / "parts", 2, chosen, lose=lost)
+    assert not same(model(tmp_path / "parts"), model(tmp_path / "whole"))
 
 
 def test_other_data_and_damaged_checkpoints_are_told_of(tmp_path):

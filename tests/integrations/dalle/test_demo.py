@@ -49,15 +49,17 @@ def test_the_demo_writes_all_that_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "evaluate_tokenizer", lambda *given, **named: whole(*given, **named, n=8))
     monkeypatch.setattr(demo, "DVAESettings", lambda: DVAESettings(codes=16, width=16, neck=8))
     monkeypatch.setattr(demo, "Stage1Settings", lambda: Stage1Settings(start=8))
-    demo.run(DemoSettings(steps_1=2, steps_2=2, n=8), tmp_path, Context())
+    demo.run(DemoSettings(steps_1=2, steps_2=2, steps_3=2, n=8), tmp_path, Context())
 
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"tokenizer", "s0", "s1", "s2", "control", "world_size", "versions", "task"} <= report.keys()
     for split in ("s0", "s1", "s2", "control"):
         assert report[split].keys() == {"exact", "low", "high", "n"}
-    for stage in ("stage1", "stage2"):
+    for stage in ("stage1", "stage2", "stage3"):
         assert report[stage].keys() >= STAGE
         assert report[stage]["steps"] == 2
+    for split in ("s0", "s1", "s2"):
+        assert report["best_of"][split].keys() == {"candidates", "single", "picked", "ceiling", "gain"}
     assert report["task"]["size"] == 24
     assert report["task"]["sampling"]["temperature"] > 0
     _pictures_are_there(tmp_path)
@@ -78,9 +80,10 @@ def test_the_demo_in_16_bits_reports_its_scales(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DVAESettings", lambda: DVAESettings(codes=16, width=16, neck=8))
     monkeypatch.setattr(demo, "Stage1Settings", lambda: Stage1Settings(start=8))
     monkeypatch.setattr(demo, "score_scenes", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(demo, "score_best_of", lambda *_, **__: ({}, {}))
     monkeypatch.setattr(demo.pages, "draw_samples", lambda *_: None)
     monkeypatch.setattr(demo.report, "score_lines", lambda _: [])
-    demo.run(DemoSettings(steps_1=2, steps_2=2, precision="fp16"), tmp_path, Context())
+    demo.run(DemoSettings(steps_1=2, steps_2=2, steps_3=2, precision="fp16"), tmp_path, Context())
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["precision"] == report["training"]["precision"] == "fp16"
     assert report["stage1"]["log2_scales"].keys() == {"loss"}
@@ -110,7 +113,7 @@ def test_two_ranks_train_on_a_folder(photos, tmp_path, capfd):
     config.write_text("size = 8\nheld_out = 0.2\n[stage1]\ncodes = 8\nbatch = 4\n[stage2]\nbatch = 4\nlayers = 1\n")
     out = tmp_path / "run"
     arguments = ["train", "--data", str(photos), "--out", str(out), "--config", str(config)]
-    assert main([*arguments, "--steps-1", "3", "--steps-2", "3", "--ranks", "2"]) == 0
+    assert main([*arguments, "--steps-1", "3", "--steps-2", "3", "--steps-3", "2", "--ranks", "2"]) == 0
     captured = capfd.readouterr()
     assert "left out: 1 broken: broken.png" in captured.out
     report = json.loads((out / "report.json").read_text())
@@ -144,11 +147,14 @@ def test_under_torchrun_its_ranks_are_used(photos, tmp_path):
 
 def test_every_option_of_the_configuration_reaches_its_stage():
     stage1 = {"steps": 3, "batch": 5, "learning_rate": 0.1, "codes": 7, "patch": 8}
-    stage2 = {"steps": 4, "batch": 6, "learning_rate": 0.2, "width": 32, "layers": 2, "heads": 2}
+    stage2 = {"steps": 4, "batch": 6, "learning_rate": 0.2}
+    shape = {"width": 32, "layers": 2, "heads": 2, "attention": "paper", "kernel": 3, "activation": "gelu"}
+    shape |= {"code_width": 8, "neighbours": 1, "fixed_codes": True}
     table = {
         "size": 16,
         "stage1": stage1,
-        "stage2": {**stage2, "vocabulary": 99, "text_length": 11},
+        "stage3": {"steps": 5, "batch": 30, "learning_rate": 0.3, "group": 6, "pool": 9, "accumulate": 2},
+        "stage2": {**stage2, **shape, "vocabulary": 99, "text_length": 11},
         "communication": {"rank": 2, "wire": "bfloat16", "separate": True},
         "precision": "fp16",
         "shard": 2,
@@ -159,7 +165,10 @@ def test_every_option_of_the_configuration_reaches_its_stage():
     assert chosen.shards == 2
     assert (chosen.stage1.steps, chosen.stage1.batch, chosen.stage1.learning_rate) == (3, 5, 0.1)
     assert (chosen.stage2.steps, chosen.stage2.batch, chosen.stage2.learning_rate) == (4, 6, 0.2)
-    assert chosen.transformer == {"width": 32, "layers": 2, "heads": 2}
+    stage3 = chosen.stage3
+    assert (stage3.steps, stage3.batch, stage3.learning_rate) == (5, 30, 0.3)
+    assert (stage3.group, stage3.pool, stage3.accumulate) == (6, 9, 2)
+    assert chosen.transformer == shape
     assert (chosen.vocabulary, chosen.text_length) == (99, 11)
     assert (chosen.sampling.temperature, chosen.sampling.top_k, chosen.sampling.top_p) == (0.5, 3, 0.9)
     narrow = distopt.PowerSGD(
