@@ -57,7 +57,7 @@ def test_a_batch_is_the_same_for_any_number_of_ranks():
 
 
 def test_captions_keep_their_pictures():
-    pictures, text = batch()
+    pictures, text, _ = batch()
     for picture, row in zip(pictures.flatten(0, 1), text.flatten(0, 1), strict=True):
         upper, lower = TOKENIZER.decode(row).split(" over ")
         expected = Corners().decode(torch.tensor([[_colour(upper)] * 2 + [_colour(lower)] * 2]))[0]
@@ -70,26 +70,20 @@ def _colour(word):
     return COLOURS.index(word)
 
 
-class Black(Corners):
-    """Brings every picture back black."""
-
-    def decode(self, tokens):
-        return 0 * super().decode(tokens)
-
-
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
-def test_a_share_of_the_pictures_is_brought_back_by_the_dvae(share):
-    class White(Flags):
-        def pairs(self, n, rng):
-            captions, pictures = super().pairs(n, rng)
-            return captions, pictures * 0 + 1
-
-    how = dataclasses.replace(SETTINGS, decoded=share)
-    pictures, _ = batch_of(White(), Black(), TOKENIZER, MODEL, how, Context(), 0)
-    dark = pictures.flatten(2).amax(2) == 0
-    assert dark.float().mean() == share
-    if share == 0.5:
-        assert (dark.float().mean(1) == share).all()  # in every group, near and far alike
+@pytest.mark.parametrize("exchanged", [0.0, 0.5, 1.0])
+def test_spoilt_pictures_have_codes_of_another_one_at_the_same_places(share, exchanged):
+    different = 0
+    for step in range(8):
+        pictures, _, spoilt = batch(step, {"spoilt": share, "exchanged": exchanged})
+        assert spoilt.shape == (6, round(4 * share), 3, 8, 8)
+        own, other = pictures[:, : spoilt.shape[1]], pictures.roll(1, 1)[:, : spoilt.shape[1]]
+        for top, left in ((0, 0), (0, 4), (4, 0), (4, 4)):
+            where = np.s_[..., top : top + 4, left : left + 4]
+            kept, taken = ((spoilt[where] == of[where]).flatten(2).all(2) for of in (own, other))
+            assert (kept | taken).all()
+            different += int((~kept).sum())
+    assert (different > 0) == (share * exchanged > 0)
 
 
 def test_a_run_is_a_function_of_its_seed():
@@ -113,7 +107,13 @@ def test_pairs_are_learned():
 
 @pytest.mark.parametrize(
     ("wrong", "name"),
-    [({"group": 5}, "batch"), ({"pool": 3}, "pool"), ({"decoded": 1.5}, "decoded"), ({"group": 0}, "group")],
+    [
+        ({"group": 5}, "batch"),
+        ({"pool": 3}, "pool"),
+        ({"spoilt": 1.5}, "spoilt"),
+        ({"exchanged": -0.1}, "exchanged"),
+        ({"group": 0}, "group"),
+    ],
 )
 def test_settings_that_do_not_fit_are_refused(wrong, name):
     with pytest.raises(SettingError, match=f"Stage3Settings.{name}"):
