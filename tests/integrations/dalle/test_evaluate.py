@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from distopt.integrations.dalle import evaluate, features
+from distopt.integrations.dalle import evaluate, features, rerank
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.contrast import Contrast, ContrastSettings
 from distopt.integrations.dalle.folder import FolderSource
 from distopt.integrations.dalle.pictures import Pictures
+from distopt.integrations.dalle.report import best_of_lines
 from distopt.integrations.dalle.scenes import Scenes
 from PIL import Image
 from torch import nn
@@ -83,6 +84,11 @@ def test_features_are_the_users_or_those_of_the_contrastive_model(tiny_model, tm
     *table, last = capsys.readouterr().out.strip().splitlines()
     found = json.loads(last)["frechet"]
     assert found["label"] == "Frechet distance (contrast)"
+    best = json.loads(last)
+    assert best["best_of"]["s1"]["candidates"] == rerank.CANDIDATES
+    assert [line for line in table if "best of 8" in line] == best_of_lines(best)
+    assert len(best_of_lines(best)) == 3
+    assert best_of_lines({}) == []
     assert found["s2"]["distance"] > found["s2"]["of_pictures"] > 0
     assert sum("Frechet distance (contrast)" in line for line in table) == 1
     assert sorted(path.name for path in out.iterdir()) == ["best_of.png", "reconstructions.png", "samples.png"]
