@@ -196,9 +196,11 @@ def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 def _evaluate(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     run = runs.open_run(parsed.run_folder)
     launch.check_devices(parsed.device, 1)
+    out: Path = parsed.run_folder / runs.EVALUATION if parsed.out is None else parsed.out
+    _writable_folder("--out", out)
     from .evaluate import evaluate
 
-    evaluate(run, parsed.device)
+    evaluate(run, parsed.device, out, features=parsed.features)
     return 0
 
 
@@ -246,6 +248,14 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")
     _add_run(evaluate)
+    evaluate.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder of the pictures (default: {runs.EVALUATION} in the run's own)"
+    )
+    evaluate.add_argument(
+        "--features",
+        metavar="MODULE:FACTORY",
+        help="network of the Frechet distance, pictures in [0, 1] to (B, D) (default: the run's contrastive model)",
+    )
     return parser
 
 

@@ -94,7 +94,7 @@ class ContrastSettings:
 
 
 class ContrastLoss(NamedTuple):
-    """What a batch costs: the mean loss a pair, and the share of pictures that found their own caption."""
+    """What a batch costs: the mean loss a pair, and the share of captions that found their own picture."""
 
     total: Tensor
     right: Tensor
@@ -193,26 +193,33 @@ class Contrast(nn.Module):
         found = (torch.logsumexp(sharp * inner, -1) - math.log(shape[3])) / sharp
         return found.sum(-2)
 
-    def forward(self, pictures: Tensor, text: Tensor) -> ContrastLoss:
+    def forward(self, pictures: Tensor, text: Tensor, spoilt: Tensor) -> ContrastLoss:
         """Let pictures find their captions, and captions their pictures, within each group.
 
         Args:
             pictures: ``(N, G, 3, size, size)``, N groups.
             text: ``(N, G, T)``, the pictures' captions. Those that are equal are no wrong answers to each other.
+            spoilt: ``(N, M, 3, size, size)``, the first M pictures of each group with something wrong about them, which
+                no caption is to find. Those that are as they were are left out.
 
         Returns:
-            The loss, and the share of pictures whose best caption is their own.
+            The loss, and the share of captions whose best picture is their own.
         """
         groups, each = text.shape[:2]
-        places = self.places(pictures.flatten(0, 1)).unflatten(0, (groups, each))
+        seen = torch.cat([pictures, spoilt], dim=1)
+        places = self.places(seen.flatten(0, 1)).unflatten(0, (groups, -1))
         tokens = self.tokens(text.flatten(0, 1)).unflatten(0, (groups, each))
         logits = self.similarity(places, tokens) * self.log_scale.exp().clamp(max=_LARGEST_SCALE)
+        whole = (spoilt == pictures[:, : spoilt.shape[1]]).flatten(2).all(2)
+        wrong = logits[:, :, each:].masked_fill(whole.unsqueeze(1), -torch.inf)
+        logits = logits[:, :, :each]
         same = (text.unsqueeze(1) == text.unsqueeze(2)).all(-1) & ~torch.eye(each, dtype=torch.bool, device=text.device)
         logits = logits.masked_fill(same, -torch.inf)
         own = torch.arange(each, device=text.device).expand(groups, each)
         # Dimension 1 are the captions that a picture chooses from; dimension 1 of the transposed, the pictures.
-        total = (F.cross_entropy(logits, own) + F.cross_entropy(logits.transpose(1, 2), own)) / 2
-        return ContrastLoss(total, (logits.argmax(1) == own).float().mean())
+        choices = torch.cat([logits, wrong], dim=2).transpose(1, 2)
+        total = (F.cross_entropy(logits, own) + F.cross_entropy(choices, own)) / 2
+        return ContrastLoss(total, (choices.argmax(1) == own).float().mean())
 
     @torch.no_grad()
     def scores(self, pictures: Tensor, text: Tensor) -> Tensor:

@@ -2,15 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from . import recipe, report, resume, runs, sheets
+from . import pages, recipe, report, resume, runs
 from .checkpoints import RunCheckpoints
 from .context import Context
 from .dvae import DVAESettings
-from .evaluate import Graded, score_best_of, score_scenes
+from .evaluate import score_best_of, score_scenes
 from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
@@ -57,12 +55,6 @@ _VOCABULARY = 256
 _TEXT_LENGTH = 24
 _SHOWN = 8
 """Samples of each split on the sheet: one row."""
-_FOOTER = "The first captions of each split, one free sample each; nothing is selected or corrected."
-_TITLES = {
-    "s0": "S0 · seen captions, drawn anew",
-    "s1": "S1 · unseen combinations",
-    "s2": "S2 · colour-shape pairs never captioned",
-}
 
 
 def run(settings: DemoSettings, out: Path, context: Context) -> None:
@@ -82,7 +74,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
         trained = recipe.train(task, chosen, context, journal, checkpoints)
         journal.say(f"sampling and scoring {settings.n} captions of each split")
         figures, samples = score_scenes(trained.model, task, n=settings.n, show=_SHOWN, context=context)
-        best, _ = score_best_of(trained.model, task, n=settings.n, context=context)
+        best, chosen_of = score_best_of(trained.model, task, n=settings.n, context=context)
     if context.rank != 0:
         return
     full = {
@@ -97,7 +89,9 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
         "peak_memory_bytes": report.peak_memory(),
         "versions": report.versions(),
     }
-    _draw_samples(out / "samples.png", figures, samples)
+    pages.draw_samples(out / "samples.png", figures, samples)
+    if chosen_of:
+        pages.draw_choices(out / "best_of.png", best["best_of"], chosen_of)
     trained.draw_reconstructions(out / "reconstructions.png", task, context)
     trained.draw_curves(out)
     runs.write_json(out / runs.REPORT, report.finite(full))
@@ -140,16 +134,3 @@ def _recipe(settings: DemoSettings) -> Recipe:
         pictures_every=settings.pictures_every,
         checkpoint=settings.checkpoint,
     )
-
-
-def _draw_samples(path: Path, figures: Mapping[str, Any], samples: Mapping[str, Graded]) -> None:
-    sections = []
-    for split, graded in samples.items():
-        score = graded.score
-        note = f"{score.exact:.1%} exact, 95 % interval {score.low:.1%} to {score.high:.1%}, n = {score.n}"
-        cells = [
-            sheets.Cell([picture], caption, right)
-            for (caption, right), picture in zip(graded.captions, graded.pictures, strict=True)
-        ]
-        sections.append(sheets.Section(_TITLES[split], note, cells))
-    sheets.draw_sheet(path, sections, columns=_SHOWN, footer=_FOOTER)

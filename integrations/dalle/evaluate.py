@@ -1,8 +1,13 @@
-"""Scores of a trained model: exact scores on the drawn task, losses against a baseline on pictures of a folder."""
+"""Scores of a trained model: exact scores on the drawn task, losses against a baseline on pictures of a folder.
+
+``evaluate`` adds what a run's own report has no time for: the evidence bound, how alike reconstructions are, and the
+Frechet distance of samples to pictures.
+"""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,63 +15,151 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import rerank
+from . import pages, rerank, tables
 from .context import Context
 from .data import opening
 from .data.stream import StreamSource
+from .features import Features, contrast_features, named_features
 from .folder import FolderSource
-from .grading import Score, evaluate_generation
+from .grading import Score, attributes, evaluate_generation
+from .measures import measure
+from .metrics import unigram_loss
 from .model import Model
 from .ranks import single_thread
 from .report import best_of_lines, finite, framed, held_out_lines, score_lines
 from .runs import Run
-from .scenes import Scenes, to_uint8
+from .scenes import Scenes, to_tensor, to_uint8
 from .settings import InputError
-from .stage1 import evaluate_tokenizer
+from .stage1 import evaluate_tokenizer, usage
 
 _T = TypeVar("_T")
 SPLITS: tuple[str, ...] = ("s0", "s1", "s2")
 _HELD_OUT_LIMIT = 4096
+_SAMPLED = 512
+"""Held-out captions of a folder that samples are drawn for, at most."""
 _BATCH = 256
+_SHOWN = 8
 _PART = 50
 """Captions whose candidates are drawn and judged as one piece of work."""
+_PICTURES = 1_000_000_009
+"""A stage number, in the seeds of what is drawn, that no training batch has."""
 
 
 @dataclass(frozen=True)
 class Graded:
-    """Samples of one split: the score over all, and the first few captions, verdicts and pictures to show."""
+    """Samples of one split: the score over all, what about them is right, and the captions, verdicts and pictures."""
 
     score: Score
+    attributes: Mapping[str, Score | None]
     captions: Sequence[tuple[str, bool]]
     pictures: np.ndarray
 
 
-def evaluate(run: Run, device: str) -> None:
-    """Compute the scores of a run anew and print them, as a table and then as one line of JSON.
+def evaluate(run: Run, device: str, out: Path, *, features: str | None = None) -> None:
+    """Compute the scores of a run anew and print them, as a table and then as one line of JSON; write pictures.
+
+    Args:
+        run: a finished run.
+        device: where to compute.
+        out: folder of the pictures, which exists.
+        features: ``package.module:factory`` of the network for the Frechet distance; ``None`` takes the run's
+            contrastive model, if there is one.
 
     Raises:
-        InputError: the run's files are damaged.
+        InputError: the run's files are damaged, or the features cannot be had.
     """
     single_thread()
     chosen = torch.device(device)
     model = Model.load(run, chosen)
-    if run.kind == "demo":
-        try:
-            seed, n, task_seed = (int(run.settings[name]) for name in ("seed", "n", "task_seed"))
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"--run {run.folder}: its settings are damaged") from None
-        task, context = Scenes(task_seed), Context(device=chosen, seed=seed)
-        figures, _ = score_scenes(model, task, n=n, show=0, context=context)
-        best, _ = score_best_of(model, task, n=n, context=context)
-        figures |= best
-        lines = [*score_lines(figures), *best_of_lines(figures)]
-    else:
-        data = run.settings["data"]
-        source = opening.load(run.folder, size=model.dvae.settings.size, held_out=data["held_out"])
-        figures = score_folder(model, source, chosen)
-        lines = held_out_lines(figures)
-    print(framed(str(run.folder), lines))
+    network = None
+    if features is not None:
+        network = named_features(features, model.dvae.settings.size, chosen)
+    elif model.contrast is not None:
+        network = contrast_features(model.contrast)
+    figures, lines = (_on_scenes if run.kind == "demo" else _on_pictures)(run, model, network, out)
+    print(framed(str(run.folder), [*lines, f"pictures: {out}"]))
     print(json.dumps(finite(figures)))
+
+
+def _on_scenes(run: Run, model: Model, network: Features | None, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """Figures and lines of a run on the drawn task."""
+    try:
+        seed, n, task_seed = (int(run.settings[name]) for name in ("seed", "n", "task_seed"))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"--run {run.folder}: its settings are damaged") from None
+    task = Scenes(task_seed)
+    context = Context(device=model.transformer.start.device, seed=seed)
+    figures, samples = score_scenes(model, task, n=n, show=n, context=context)
+    best, candidates = score_best_of(model, task, n=n, context=context)
+    figures |= best
+    real = {split: _fresh_pictures(task, split, n, seed) for split in SPLITS}
+    figures["measures"] = {split: measure(model, *real[split], seed) for split in SPLITS}
+    shown = {
+        split: Graded(of.score, of.attributes, of.captions[:_SHOWN], of.pictures[:_SHOWN])
+        for split, of in samples.items()
+    }
+    pages.draw_samples(out / "samples.png", figures, shown)
+    pages.draw_reconstructions(
+        out / "reconstructions.png", model, torch.cat([pictures for _, pictures in real.values()])
+    )
+    if candidates:
+        pages.draw_choices(out / "best_of.png", figures["best_of"], candidates)
+    lines = [*score_lines(figures), *best_of_lines(figures), "", tables.heading([split.upper() for split in SPLITS])]
+    lines += tables.attribute_rows([figures["attributes"][split] for split in SPLITS])
+    lines += tables.measure_rows([figures["measures"][split] for split in SPLITS])
+    if network is not None and n > 1:
+        pairs = {split: (to_tensor(of.pictures), real[split][1]) for split, of in samples.items()}
+        others = {split: _fresh_pictures(task, split, n, seed, again=1)[1] for split in SPLITS}
+        figures["frechet"] = _frechet(network, pairs, others)
+        lines += _frechet_lines(figures["frechet"])
+    return figures, lines
+
+
+def _on_pictures(run: Run, model: Model, network: Features | None, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """Figures and lines of a run on the user's pictures."""
+    source = opening.load(run.folder, size=model.dvae.settings.size, held_out=run.settings["data"]["held_out"])
+    figures = score_folder(model, source, model.transformer.start.device)
+    seed = int(run.settings["seed"])
+    captions, pictures = source.held_out(_HELD_OUT_LIMIT)
+    figures["measures"] = {"held_out": measure(model, captions, pictures, seed)}
+    pages.draw_held_out(out / "samples.png", model, captions, pictures, seed)
+    pages.draw_reconstructions(out / "reconstructions.png", model, pictures)
+    lines = [*held_out_lines(figures), "", tables.heading(["held out"])]
+    lines += tables.measure_rows([figures["measures"]["held_out"]])
+    if network is not None and len(pictures) > 3:
+        some = slice(0, min(_SAMPLED, len(pictures) // 2))
+        drawn = to_tensor(model.draw(captions[some], seed))
+        others = pictures[len(pictures) - len(drawn) :]
+        figures["frechet"] = _frechet(network, {"held_out": (drawn, pictures[some])}, {"held_out": others})
+        lines += _frechet_lines(figures["frechet"])
+    return figures, lines
+
+
+def _fresh_pictures(task: Scenes, split: str, n: int, seed: int, again: int = 0) -> tuple[list[str], Tensor]:
+    """Captions of a split with pictures of them, other ones for every ``again``."""
+    rng = np.random.default_rng([seed, _PICTURES, SPLITS.index(split), again])
+    drawn = task.test_captions(split, n, rng)
+    return [caption for _, caption in drawn], to_tensor(task.render([triple for triple, _ in drawn], rng))
+
+
+def _frechet(
+    network: Features, pairs: Mapping[str, tuple[Tensor, Tensor]], others: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Distances by split, of samples to pictures, and of these pictures to others: what can be reached."""
+    splits = {
+        split: {
+            "distance": network.distance(drawn, real),
+            "of_pictures": network.distance(others[split], real),
+            "n": [len(drawn), len(real)],
+        }
+        for split, (drawn, real) in pairs.items()
+    }
+    return {"label": network.label, **splits}
+
+
+def _frechet_lines(found: Mapping[str, Any]) -> list[str]:
+    splits = [of for name, of in found.items() if name != "label"]
+    return tables.frechet_rows(found["label"], [of["distance"] for of in splits], [of["of_pictures"] for of in splits])
 
 
 def score_scenes(
@@ -84,11 +177,12 @@ def score_scenes(
         context: rank, world size, device and seed.
 
     Returns:
-        ``tokenizer``, ``s0``, ``s1``, ``s2`` and ``control`` for the report, and samples by split.
+        ``tokenizer``, ``s0``, ``s1``, ``s2``, ``control`` and ``attributes`` (of the samples of each split) for the
+        report, and samples by split.
     """
 
     def sampled(split: str, shuffled: bool) -> Graded:
-        score, captions, pictures = evaluate_generation(
+        score, captions, pictures, triples = evaluate_generation(
             task,
             model.transformer,
             model.dvae,
@@ -99,15 +193,20 @@ def score_scenes(
             seed=context.seed,
             shuffled=shuffled,
         )
-        return Graded(score, captions[:show], to_uint8(pictures[:show]))
+        shown = to_uint8(pictures)
+        return Graded(score, attributes(shown, triples), captions[:show], shown[:show])
 
     jobs: list[Callable[[], Any]] = [lambda split=split: sampled(split, False) for split in SPLITS]
     jobs += [lambda: sampled("s0", True), lambda: evaluate_tokenizer(model.dvae, task, seed=context.seed)]
     *graded, control, tokenizer = _share(jobs, context)
     samples = dict(zip(SPLITS, graded, strict=True))
     tokenizer["codes"] = model.dvae.settings.codes
-    figures = {"tokenizer": tokenizer, **{name: asdict(found.score) for name, found in samples.items()}}
-    return {**figures, "control": asdict(control.score)}, samples
+    scores = {name: asdict(found.score) for name, found in samples.items()}
+    right = {
+        name: {attribute: None if of is None else asdict(of) for attribute, of in found.attributes.items()}
+        for name, found in samples.items()
+    }
+    return {"tokenizer": tokenizer, **scores, "control": asdict(control.score), "attributes": right}, samples
 
 
 def score_best_of(
@@ -164,8 +263,9 @@ def score_folder(model: Model, source: FolderSource | StreamSource, device: torc
     text_loss, image_loss = np.sum(losses, axis=0) / len(codes)
     total = model.transformer.settings.codes
     mse = float((decoded - pictures).square().mean())
+    used, perplexity = usage(codes, total)
     return {
-        "tokenizer": {"mse": mse, **_code_figures(model, codes), "n": len(codes)},
+        "tokenizer": {"mse": mse, "codes_used": used, "perplexity": perplexity, "codes": total, "n": len(codes)},
         "held_out": {
             "image_loss": float(image_loss),
             "text_loss": float(text_loss),
@@ -174,26 +274,6 @@ def score_folder(model: Model, source: FolderSource | StreamSource, device: torc
             "n": len(codes),
         },
     }
-
-
-def unigram_loss(training: Tensor, held_out: Tensor, codes: int) -> float:
-    """Cross-entropy of ``held_out`` under how often each code occurs in the same column of ``training``.
-
-    Args:
-        training: ``(N, columns)`` int64 below ``codes``.
-        held_out: ``(M, columns)`` int64 below ``codes``.
-        codes: number of codes; every count is raised by one, so that a code never seen has a chance.
-
-    Returns:
-        Nats a token.
-
-    Example:
-        >>> round(unigram_loss(torch.tensor([[0], [0], [1]]), torch.tensor([[0]]), codes=2), 4)
-        0.5108
-    """
-    counts = torch.ones(codes, training.shape[1], dtype=torch.float64)
-    counts.scatter_add_(0, training, torch.ones(training.shape, dtype=torch.float64))
-    return float(-(counts / counts.sum(0)).log().gather(0, held_out).mean())
 
 
 def _share(jobs: Sequence[Callable[[], _T]], context: Context) -> list[_T]:
@@ -213,10 +293,3 @@ def _round_trip(model: Model, pictures: Tensor) -> tuple[Tensor, Tensor]:
     device = model.transformer.start.device
     codes = [model.dvae.tokenize(part.to(device)) for part in pictures.split(_BATCH)]
     return torch.cat(codes).cpu(), torch.cat([model.dvae.decode(part).cpu() for part in codes])
-
-
-def _code_figures(model: Model, codes: Tensor) -> dict[str, Any]:
-    total = model.transformer.settings.codes
-    share = torch.bincount(codes.flatten(), minlength=total).double() / codes.numel()
-    used = share[share > 0]
-    return {"codes_used": len(used), "perplexity": float((-(used * used.log()).sum()).exp()), "codes": total}

@@ -1,4 +1,4 @@
-"""Features of pictures for the Frechet distance: of a network that the user names, or of the run's contrastive model."""
+"""Features of pictures for the Frechet distance: of a network that the user names, or of the contrastive model."""
 
 import importlib
 from collections.abc import Callable

@@ -186,7 +186,7 @@ def leaves(kind: type, prefix: str = "") -> list[tuple[str, dataclasses.Field[An
     Example:
         >>> from distopt.integrations.dalle.settings import TrainSettings
         >>> [name for name, *_ in leaves(TrainSettings) if name.startswith("checkpoint")]
-        ['checkpoint.every_steps', 'checkpoint.every_seconds', 'checkpoint.keep']
+        ['checkpoint.every_steps', 'checkpoint.every_seconds', 'checkpoint.keep', 'checkpoint.exact']
     """
     found = []
     for field, allowed in _fields(kind):

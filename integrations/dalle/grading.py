@@ -77,7 +77,7 @@ def evaluate_generation(
     sampling: SamplingSettings,
     seed: int = 0,
     shuffled: bool = False,
-) -> tuple[Score, list[tuple[str, bool]], Tensor]:
+) -> tuple[Score, list[tuple[str, bool]], Tensor, list[Triple]]:
     """Sample one picture for each of ``n`` captions of a split and read them back.
 
     Args:
@@ -92,7 +92,7 @@ def evaluate_generation(
         shuffled: draw each picture for the caption of another: the control, which must score near 0.
 
     Returns:
-        The score, each caption with whether its picture matches it, and the pictures.
+        The score, each caption with whether its picture matches it, the pictures, and what they should show.
     """
     rng = np.random.default_rng([seed, _EVALUATION, ("s0", "s1", "s2").index(split)])
     drawn = task.test_captions(split, n, rng)
@@ -103,7 +103,7 @@ def evaluate_generation(
     said = captions[1:] + captions[:1] if shuffled else captions
     pictures = generate(transformer, dvae, tokenizer, said, sampling, generator)
     right = matches_all(to_uint8(pictures), triples)
-    return wilson(sum(right), n), list(zip(captions, right, strict=True)), pictures
+    return wilson(sum(right), n), list(zip(captions, right, strict=True)), pictures, triples
 
 
 def attributes(pictures: np.ndarray, triples: Sequence[Triple]) -> dict[str, Score | None]:

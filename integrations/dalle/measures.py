@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .bounds import bits_per_dimension, bound, fitted_width
-from .metrics import code_use, psnr, ssim
+from .metrics import psnr, ssim
 from .model import Model
+from .stage1 import usage
 
 _BATCH = 256
 """Pictures that are worked on at once."""
@@ -37,7 +38,7 @@ def measure(model: Model, captions: Sequence[str], pictures: Tensor, seed: int) 
     decoded = torch.cat([model.dvae.decode(part).cpu() for part in codes.split(_BATCH)])
     total = model.transformer.settings.codes
     error = float((decoded - pictures).double().square().mean())
-    used, perplexity = code_use(torch.bincount(codes.flatten().cpu(), minlength=total))
+    used, perplexity = usage(codes, total)
     return {
         "n": len(pictures),
         "mse": error,

@@ -1,4 +1,4 @@
-"""Arithmetic of the scores: reconstruction errors, use of the codes, the Frechet distance. Nothing here knows a model.
+"""Arithmetic of the scores: reconstruction errors, baselines, the Frechet distance. Nothing here knows a model.
 
 =======  ============================================
 symbol   meaning
@@ -74,21 +74,24 @@ def _window(size: int) -> Tensor:
     return weights / weights.sum()
 
 
-def code_use(counts: Tensor) -> tuple[int, float]:
-    """How many codes occur, and the perplexity of their frequencies.
+def unigram_loss(training: Tensor, held_out: Tensor, codes: int) -> float:
+    """Cross-entropy of ``held_out`` under how often each code occurs in the same column of ``training``.
 
     Args:
-        counts: ``(K,)``, how often each code occurs; at least one does.
+        training: ``(N, columns)`` int64 below ``codes``.
+        held_out: ``(M, columns)`` int64 below ``codes``.
+        codes: number of codes; every count is raised by one, so that a code never seen has a chance.
 
     Returns:
-        The number of codes that occur, and the exponential of the entropy of their frequencies, at most that number.
+        Nats a token.
 
     Example:
-        >>> code_use(torch.tensor([5, 5, 0]))
-        (2, 2.0)
+        >>> round(unigram_loss(torch.tensor([[0], [0], [1]]), torch.tensor([[0]]), codes=2), 4)
+        0.5108
     """
-    share = counts[counts > 0].double() / counts.sum()
-    return len(share), float(torch.exp(-(share * share.log()).sum()))
+    counts = torch.ones(codes, training.shape[1], dtype=torch.float64)
+    counts.scatter_add_(0, training, torch.ones(training.shape, dtype=torch.float64))
+    return float(-(counts / counts.sum(0)).log().gather(0, held_out).mean())
 
 
 class Moments:

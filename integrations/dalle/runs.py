@@ -17,6 +17,7 @@ TOKENIZER = "tokenizer.json"
 CONTRAST = "contrast.safetensors"
 """Of runs that have a contrastive model."""
 SCALES = "scales.png"
+EVALUATION = "evaluation"
 _KINDS = ("demo", "folder")
 BUNDLED = Path(__file__).parent / "models" / "demo"
 """A run of the demo that is installed with the package."""

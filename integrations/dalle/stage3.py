@@ -2,8 +2,12 @@
 
 A batch is made of groups of pairs whose captions share most of their words: among captions drawn at random one tells
 the right one by a colour alone, and nothing has to be learned of shapes. Groups are compared within themselves, so the
-loss is the same for any number of ranks. Half of the pictures are seen as the dVAE brings them back, for that is what
-will be judged.
+loss is the same for any number of ranks. Pictures are seen as the dVAE brings them back, for that is what will be
+judged.
+
+What a sampler gets wrong is seldom another picture that a caption could name: it is a form that is none. So captions
+must also tell some of the pictures from themselves with codes exchanged for those of another picture of the group, at
+the same places.
 
 The other words of a group come from other training captions, never from words exchanged in one: captions made up would
 name combinations that no training caption names, and always as wrong answers.
@@ -48,14 +52,15 @@ class Stage3Settings(StageSettings):
         averaging: fraction of the steps so far over which the averaged weights reach back; 0 keeps the last weights.
         group: pairs that are compared with each other.
         pool: pairs that a group is chosen from, by how many words they share.
-        decoded: fraction of the pictures that are seen as the dVAE brings them back.
+        spoilt: fraction of the pictures that captions must tell from themselves with codes exchanged.
+        exchanged: largest fraction of a picture's codes that are; each picture draws its own.
 
     Raises:
         SettingError: where a value is out of its range.
     """
 
     steps: int = 400
-    batch: int = 192
+    batch: int = 128
     learning_rate: float = 3e-3
     warmup: int | float = 0.05
     final_learning_rate: float = 0.02
@@ -65,14 +70,15 @@ class Stage3Settings(StageSettings):
     averaging: float = 0.05
     group: int = 16
     pool: int = 64
-    decoded: float = 0.5
+    spoilt: float = 0.5
+    exchanged: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(("group", "pool"), is_positive_integer, "an integer of at least 1")
         self.check(("pool",), lambda value: value >= self.group, f"at least group, which is {self.group}")
         self.check(("batch",), lambda value: value % self.group == 0, f"a multiple of group, which is {self.group}")
-        self.check(("decoded",), lambda value: 0 <= value <= 1, "from 0 to 1")
+        self.check(("spoilt", "exchanged"), lambda value: 0 <= value <= 1, "from 0 to 1")
 
     @property
     def together(self) -> int:
@@ -178,27 +184,29 @@ def batch_of(
     settings: Stage3Settings,
     context: Context,
     step: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's groups of ``step``: a pure function of seed, step and the groups' numbers.
 
     Returns:
-        Pictures ``(N, G, 3, size, size)`` and text ``(N, G, T)``.
+        Pictures ``(N, G, 3, size, size)``, text ``(N, G, T)``, and the first M pictures of each group with codes
+        exchanged ``(N, M, 3, size, size)``.
     """
-    share = settings.batch // settings.group // context.world_size
+    share, spoilt = settings.batch // settings.group // context.world_size, round(settings.spoilt * settings.group)
     pictures, texts = [], []
-    for number in range(context.rank * share, (context.rank + 1) * share):
-        rng = context.rng(STAGE, step, number)
+    rngs = [context.rng(STAGE, step, number) for number in range(context.rank * share, (context.rank + 1) * share)]
+    for rng in rngs:
         captions, drawn = source.pairs(settings.pool, rng)
         text = tokenizer.encode(captions, model.text_length)
-        chosen = alike(text, settings.group, rng)
+        # From alike to less alike before; any of them may be spoilt.
+        chosen = alike(text, settings.group, rng)[torch.from_numpy(rng.permutation(settings.group))]
         pictures.append(drawn[chosen])
         texts.append(text[chosen])
-    seen = torch.cat(pictures).to(context.device)
-    # Neighbours in a group are alike, but first to last: every other one is as good as a choice at random.
-    brought_back = torch.arange(len(seen), device=seen.device) * settings.decoded % 1 + settings.decoded >= 1
-    if brought_back.any():
-        seen[brought_back] = dvae.decode(dvae.tokenize(seen[brought_back])).clamp(0, 1)
-    return seen.unflatten(0, (share, settings.group)), torch.stack(texts).to(context.device)
+    codes = dvae.tokenize(torch.cat(pictures).to(context.device)).unflatten(0, (share, settings.group))
+    exchanged = [rng.random((spoilt, codes.shape[2])) < settings.exchanged * rng.random((spoilt, 1)) for rng in rngs]
+    masks = torch.from_numpy(np.stack(exchanged)).to(context.device)
+    codes = torch.cat([codes, torch.where(masks, codes.roll(1, 1)[:, :spoilt], codes[:, :spoilt])], dim=1)
+    seen = dvae.decode(codes.flatten(0, 1)).clamp(0, 1).unflatten(0, codes.shape[:2])
+    return seen[:, : settings.group], torch.stack(texts).to(context.device), seen[:, settings.group :]
 
 
 def alike(text: Tensor, count: int, rng: np.random.Generator) -> Tensor:

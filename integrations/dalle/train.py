@@ -7,26 +7,20 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import architectures, recipe, report, resume, runs, sheets, stage1
+from . import architectures, pages, recipe, report, resume, runs, stage1
 from .checkpoints import RunCheckpoints
 from .context import Context
 from .data import batches, opening
 from .data.stream import StreamSource
 from .evaluate import score_folder
 from .folder import FolderSource
-from .model import Model
 from .pictures import NAMES_SHOWN
 from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
-from .scenes import to_uint8
 from .settings import TrainSettings
 from .stage2 import Stage2Settings
 from .stage3 import Stage3Settings
-
-_SHOWN = 24
-_COLUMNS = 6
-_FOOTER = "Held-out captions with one free sample each; nothing is selected or corrected."
 
 
 def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, read: bool) -> None:
@@ -78,7 +72,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         "peak_memory_bytes": report.peak_memory(),
         "versions": report.versions(),
     }
-    _draw_samples(out / "samples.png", trained.model, source, settings.seed)
+    pages.draw_held_out(out / "samples.png", trained.model, *source.held_out(1024), settings.seed)
     trained.draw_reconstructions(out / "reconstructions.png", source, context)
     trained.draw_curves(out)
     runs.write_json(out / runs.REPORT, report.finite(full))
@@ -150,15 +144,3 @@ def recipe_of(settings: TrainSettings) -> Recipe:
 def _given(options: Any) -> dict[str, Any]:
     """The options that were set, by name."""
     return {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
-
-
-def _draw_samples(path: Path, model: Model, source: FolderSource | StreamSource, seed: int) -> None:
-    captions, pictures = source.held_out(1024)
-    # Different captions first: folders often say the same of many pictures.
-    first_of = {caption: i for i, caption in reversed(list(enumerate(captions)))}
-    order = sorted(range(len(captions)), key=lambda i: (first_of[captions[i]] != i, i))[:_SHOWN]
-    drawn = model.draw([captions[i] for i in order], seed)
-    real = to_uint8(pictures[order])
-    cells = [sheets.Cell([truth, sample], captions[i]) for i, truth, sample in zip(order, real, drawn, strict=True)]
-    section = sheets.Section("Held-out captions", "left the real picture, right what the model drew", cells)
-    sheets.draw_sheet(path, [section], columns=_COLUMNS, footer=_FOOTER)

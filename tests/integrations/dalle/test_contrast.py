@@ -89,28 +89,36 @@ def test_sharp_maxima_are_maxima():
         assert (soft.similarity(places, tokens) < hard).all()
 
 
-@given(st.integers(1, 3), st.integers(2, 4), st.integers(0, 99))
-def test_the_loss_lets_each_side_choose_within_its_group(groups, each, seed):
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(0, 2), st.integers(0, 99))
+@torch.no_grad()
+def test_the_loss_lets_each_side_choose_within_its_group(groups, each, spoilt, seed):
     rng = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 9, (groups, each, 5), generator=rng)
     text[:, -1] = text[:, 0]  # the first and the last caption are the same: neither is a wrong answer to the other
     seen = pictures(groups * each, seed).unflatten(0, (groups, each))
-    found = MODEL(seen, text)
-    losses = []
+    wrong = pictures(groups * 2, seed + 1).unflatten(0, (groups, 2))[:, :spoilt]
+    if spoilt == 2:
+        wrong[:, 1] = seen[:, 1]  # as it was: nothing is wrong about it
+    found = MODEL(seen, text, wrong)
+    losses, right = [], []
     for group in range(groups):
-        logits = MODEL.similarity(MODEL.places(seen[group]), MODEL.tokens(text[group])) * MODEL.log_scale.exp()
+        shown = torch.cat([seen[group], wrong[group, :1]])
+        logits = MODEL.similarity(MODEL.places(shown), MODEL.tokens(text[group])) * MODEL.log_scale.exp()
         for i in range(each):
-            for row in (logits[:, i], logits[i]):
-                others = [j for j in range(each) if j == i or not torch.equal(text[group, j], text[group, i])]
-                losses.append((row[others].logsumexp(0) - row[i]).item())
+            others = [j for j in range(each) if j == i or not torch.equal(text[group, j], text[group, i])]
+            extra = [each] if spoilt else []
+            losses.append(float(logits[others, i].logsumexp(0) - logits[i, i]))
+            losses.append(float(logits[i, others + extra].logsumexp(0) - logits[i, i]))
+            right.append(bool((logits[i, others + extra] <= logits[i, i]).all()))
     assert float(found.total) == pytest.approx(np.mean(losses), rel=1e-4, abs=1e-5)
+    assert float(found.right) == pytest.approx(np.mean(right))
 
 
 def test_a_caption_without_words_costs_no_infinity():
     text = padded([[], [1, 2]])[None]
-    found = MODEL(pictures(2)[None], text)
+    found = MODEL(pictures(2)[None], text, pictures(1, 1)[None])
     gradients = torch.autograd.grad(found.total, list(MODEL.parameters()), allow_unused=True)
-    assert math.isfinite(float(found.total))
+    assert math.isfinite(found.total.item())
     assert all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
 
 
@@ -139,6 +147,7 @@ def test_sizes_that_cannot_be_are_refused(wrong):
 
 def test_a_gradient_reaches_everything():
     trained = model().train()
-    found = trained(pictures(4).unflatten(0, (2, 2)), padded([[1, 2], [2, 3], [4], [5, 6, 7]]).unflatten(0, (2, 2)))
+    text = padded([[1, 2], [2, 3], [4], [5, 6, 7]]).unflatten(0, (2, 2))
+    found = trained(pictures(4).unflatten(0, (2, 2)), text, pictures(2, 1).unflatten(0, (2, 1)))
     found.total.backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in trained.parameters())

@@ -1,50 +1,27 @@
 """Scores: how they are counted, shared among ranks, and reproduced from a run's folder."""
 
+import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
-from distopt.integrations.dalle import evaluate
+from distopt.integrations.dalle import evaluate, features, rerank
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.context import Context
+from distopt.integrations.dalle.contrast import Contrast, ContrastSettings
 from distopt.integrations.dalle.folder import FolderSource
 from distopt.integrations.dalle.pictures import Pictures
+from distopt.integrations.dalle.report import best_of_lines
 from distopt.integrations.dalle.scenes import Scenes
-from hypothesis import given
-from hypothesis import strategies as st
-
-CODES = 5
+from PIL import Image
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
 def _few_round_trips(monkeypatch):
     whole = evaluate.evaluate_tokenizer
     monkeypatch.setattr(evaluate, "evaluate_tokenizer", lambda *given, **named: whole(*given, **named, n=10))
-
-
-@given(st.lists(st.lists(st.integers(0, CODES - 1), min_size=3, max_size=3), min_size=1, max_size=20))
-def test_the_baseline_is_never_below_the_entropy_of_what_it_was_fitted_to(rows):
-    tokens = torch.tensor(rows)
-    for columns in (tokens, tokens.reshape(-1, 1)):
-        entropy = 0.0
-        for column in columns.T:
-            share = torch.bincount(column).double() / len(column)
-            share = share[share > 0]
-            entropy -= float((share * share.log()).sum()) / columns.shape[1]
-        assert evaluate.unigram_loss(columns, columns, CODES) >= entropy - 1e-9
-
-
-def test_codes_never_seen_cost_no_infinity():
-    loss = evaluate.unigram_loss(torch.zeros(10, 1, dtype=torch.int64), torch.full((3, 1), 4), CODES)
-    assert loss == pytest.approx(math.log(15))
-
-
-def test_the_baseline_by_position_knows_the_position():
-    tokens = torch.tensor([[0, 1]] * 50)
-    assert evaluate.unigram_loss(tokens, tokens, CODES) < 0.2
-    assert evaluate.unigram_loss(tokens.reshape(-1, 1), tokens.reshape(-1, 1), CODES) > 0.6
 
 
 def test_scores_do_not_depend_on_the_number_of_ranks(tiny_model, monkeypatch):
@@ -86,8 +63,74 @@ def test_evaluate_prints_a_table_and_json_that_repeats(tiny_model, tmp_path, cap
     expected, _ = evaluate.score_scenes(tiny_model, Scenes(), n=4, show=0, context=Context(seed=3))
     assert main(["evaluate", "--run", str(tmp_path)]) == 0
     *table, last = capsys.readouterr().out.strip().splitlines()
-    assert json.loads(last) == json.loads(json.dumps(expected))
+    figures = json.loads(last)
+    assert {name: figures[name] for name in expected} == json.loads(json.dumps(expected))
     assert any(line.startswith("S2") for line in table)
+    assert figures["measures"].keys() == set(evaluate.SPLITS)
+    assert "frechet" not in figures
+    assert any("bits per dimension" in line for line in table)
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(tmp_path / "evaluation" / name) as picture:
+            assert picture.width == 1800
+
+
+def test_features_are_the_users_or_those_of_the_contrastive_model(tiny_model, tmp_path, capsys):
+    contrast = Contrast(ContrastSettings(text_vocabulary=40, text_length=16, size=24, width=4, features=8)).eval()
+    run, out = tmp_path / "run", tmp_path / "pictures"
+    run.mkdir()
+    dataclasses.replace(tiny_model, contrast=contrast).save(run, "demo", {"seed": 3, "n": 3, "task_seed": 0})
+    ask = ["evaluate", "--run", str(run), "--out", str(out)]
+    assert main(ask) == 0
+    *table, last = capsys.readouterr().out.strip().splitlines()
+    found = json.loads(last)["frechet"]
+    assert found["label"] == "Frechet distance (contrast)"
+    best = json.loads(last)
+    assert best["best_of"]["s1"]["candidates"] == rerank.CANDIDATES
+    assert [line for line in table if "best of 8" in line] == best_of_lines(best)
+    assert len(best_of_lines(best)) == 3
+    assert best_of_lines({}) == []
+    assert found["s2"]["distance"] > found["s2"]["of_pictures"] > 0
+    assert sum("Frechet distance (contrast)" in line for line in table) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["best_of.png", "reconstructions.png", "samples.png"]
+    here = f"{__name__}:TinyInception"
+    assert main([*ask, "--features", here]) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["frechet"]["label"] == "FID"
+    for wrong, word in (
+        ("nothing", "package.module:factory"),
+        ("no.such:thing", "no"),
+        (f"{__name__}:Whole", "(2, D)"),
+    ):
+        assert main([*ask, "--features", wrong]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert wrong in told
+        assert word in told
+
+
+class Whole(nn.Module):
+    """Gives pictures back."""
+
+    def forward(self, pictures):
+        return pictures
+
+
+class TinyInception(nn.Module):
+    """Gives mean colours."""
+
+    def forward(self, pictures):
+        return pictures.mean((2, 3))
+
+
+def test_a_network_that_is_not_inception_is_no_fid():
+    found = features.named_features(f"{__name__}:Mean", 24, torch.device("cpu"))
+    assert found.label == "Frechet distance (Mean)"
+    pictures = torch.rand(8, 3, 24, 24)
+    assert found.distance(pictures, pictures) == pytest.approx(0, abs=1e-9)
+    assert found.distance(pictures, (pictures + 1) / 2) > 0.1
+
+
+class Mean(TinyInception):
+    """Is none, but for what it is made of."""
 
 
 def test_a_folder_is_evaluated_on_what_was_held_out(tiny_model, tmp_path, capsys):
@@ -104,4 +147,9 @@ def test_a_folder_is_evaluated_on_what_was_held_out(tiny_model, tmp_path, capsys
     pictures.save(tmp_path)
     tiny_model.save(tmp_path, "folder", {"seed": 0, "data": {"held_out": 0.3}})
     assert main(["evaluate", "--run", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == figures
+    again = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert {name: again[name] for name in figures} == figures
+    measured = again["measures"]["held_out"]
+    assert measured["image_loss"] == pytest.approx(expected, rel=1e-5)
+    assert measured["mse"] == pytest.approx(figures["tokenizer"]["mse"], rel=1e-5)
+    assert (tmp_path / "evaluation" / "samples.png").exists()

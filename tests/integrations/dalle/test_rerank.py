@@ -1,7 +1,6 @@
 """Best of several samples: what is counted, what is chosen, and how the commands say it."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.contrast import Contrast, ContrastSettings
 from distopt.integrations.dalle.grading import wilson
 from distopt.integrations.dalle.model import Model
-from distopt.integrations.dalle.report import best_of_lines
 from distopt.integrations.dalle.scenes import Scenes, to_tensor
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,16 +121,3 @@ def test_scores_do_not_depend_on_the_number_of_ranks(choosing_model, tiny_model,
     shared, _ = evaluate.score_best_of(choosing_model, Scenes(), n=4, context=Context(seed=5, world_size=2))
     assert shared == alone
     assert evaluate.score_best_of(tiny_model, Scenes(), n=4, context=Context()) == ({}, {})
-
-
-def test_evaluate_prints_what_choosing_gains(choosing_model, tmp_path, capsys, monkeypatch):
-    whole = evaluate.evaluate_tokenizer
-    monkeypatch.setattr(evaluate, "evaluate_tokenizer", lambda *given, **named: whole(*given, **named, n=10))
-    choosing_model.save(tmp_path, "demo", {"seed": 3, "n": 2, "task_seed": 0})
-    assert main(["evaluate", "--run", str(tmp_path)]) == 0
-    *table, last = capsys.readouterr().out.strip().splitlines()
-    figures = json.loads(last)
-    assert figures["best_of"]["s1"]["candidates"] == rerank.CANDIDATES
-    assert [line for line in table if "best of 8" in line] == best_of_lines(figures)
-    assert len(best_of_lines(figures)) == 3
-    assert best_of_lines({}) == []
