@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -20,7 +20,7 @@ def keep(folder: Path, done: Mapping[str, int]) -> None:
     old = sorted(folder.glob(_FILES))
     if done and old:
         # TensorBoard's own way drops by step alone, and stages count their steps anew.
-        kept = [event for file in old for event in EventFileLoader(str(file)).Load() if _is_kept(event, done)]
+        kept = [event for file in old for event in LegacyEventFileLoader(str(file)).Load() if _is_kept(event, done)]
         writer = EventFileWriter(str(folder))
         for event in kept:
             writer.add_event(event)
