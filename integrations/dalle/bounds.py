@@ -87,20 +87,14 @@ def log_masses(dvae: RelaxedVAE, pictures: Tensor, codes: Tensor, width: float =
     lower, upper = (level - 0.5) / (_LEVELS - 1), (level + 0.5) / (_LEVELS - 1)
     if dvae.settings.likelihood == "mse":
         mean = outputs * 0.5 + 0.5
-        edges = [(edge - mean) / max(width, _NARROWEST) for edge in (lower, upper)]
-        below = [torch.special.ndtr(edge) for edge in edges]
-        above = [torch.special.ndtr(-edge) for edge in edges]
+        below = [torch.special.ndtr((edge - mean) / max(width, _NARROWEST)) for edge in (lower, upper)]
     else:
         mean, log_scale = outputs.chunk(2, dim=1)
         if dvae.settings.log_scale_floor is not None:
             log_scale = log_scale.clamp_min(dvae.settings.log_scale_floor)
-        edges = [(squeezed(edge).logit() - mean) * (-log_scale).exp() for edge in (lower, upper)]
-        below, above = [_laplace(edge) for edge in edges], [_laplace(-edge) for edge in edges]
-    first, last = level == 0, level == _LEVELS - 1
-    # On the right of the mean the difference of the upper tails keeps digits that 1 minus something small has lost.
-    inner = torch.where(edges[0] > 0, above[0] - above[1], below[1] - below[0])
-    mass = torch.where(first, below[1], torch.where(last, above[0], inner))
-    return mass.clamp_min(_LEAST).log()
+        below = [_laplace((squeezed(edge).logit() - mean) * (-log_scale).exp()) for edge in (lower, upper)]
+    below = [below[0].where(level > 0, 0.0), below[1].where(level < _LEVELS - 1, 1.0)]
+    return (below[1] - below[0]).clamp_min(_LEAST).log()
 
 
 def fitted_width(dvae: RelaxedVAE, pictures: Tensor) -> float:

@@ -51,20 +51,9 @@ def test_a_gaussians_masses_are_those_of_its_bins():
     assert torch.allclose(found[inner], torch.as_tensor(expected)[inner], rtol=1e-5, atol=1e-9)
 
 
-def test_a_level_far_from_the_mean_keeps_its_digits():
-    model = dvae(certain=0.0)  # means of 1/2
-    for level in (40, 215):
-        seen = torch.full((1, 3, 4, 4), level / 255)
-        mass = log_masses(model, seen, torch.tensor([[0]]), 0.05).exp()[0, 0, 0, 0].item()
-        expected = norm.sf((abs(level / 255 - 0.5) - 0.5 / 255) / 0.05) - norm.sf(
-            (abs(level / 255 - 0.5) + 0.5 / 255) / 0.05
-        )
-        assert mass == pytest.approx(max(expected, 1e-12), rel=1e-5)
-
-
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_no_picture_is_less_likely_than_the_bound(likelihood):
-    model, seen = dvae(likelihood, grid=2, certain=0.5), pictures(3)
+    model, seen = dvae(likelihood, grid=2, certain=0.3), pictures(3)
     everything = torch.tensor(list(itertools.product(range(3), repeat=4)))
     masses = [log_masses(model, seen, codes.expand(3, -1), 0.3).sum((1, 2, 3)) for codes in everything]
     exact = torch.stack(masses).logsumexp(0) - 4 * math.log(3)
@@ -78,6 +67,7 @@ def test_no_picture_is_less_likely_than_the_bound(likelihood):
     )
     drawn = torch.stack([of.reconstruction for of in terms]).mean(0)
     assert torch.allclose(drawn, -expected.double(), rtol=0.02)
+    assert len({tuple(of.codes.flatten().tolist()) for of in terms}) > 100
 
 
 def test_the_divergence_is_that_of_the_categorical():

@@ -122,14 +122,14 @@ class TinyInception(nn.Module):
 
 
 def test_a_network_that_is_not_inception_is_no_fid():
-    found = features.named_features(f"{__name__}:Mean", 24, torch.device("cpu"))
-    assert found.label == "Frechet distance (Mean)"
+    found = features.named_features(f"{__name__}:Inner", 24, torch.device("cpu"))
+    assert found.label == "Frechet distance (Inner)"
     pictures = torch.rand(8, 3, 24, 24)
     assert found.distance(pictures, pictures) == pytest.approx(0, abs=1e-9)
     assert found.distance(pictures, (pictures + 1) / 2) > 0.1
 
 
-class Mean(TinyInception):
+class Inner(TinyInception):
     """Is none, but for what it is made of."""
 
 
