@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from distopt.errors import DistoptError
 
-from . import drawing, launch, resume, runs
-from .fields import MAX_SEED, check_value, leaves, nested, value_of
+from . import drawing, flags, launch, resume, runs
+from .fields import MAX_SEED
 from .settings import (
     PRESETS,
     DemoSettings,
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
-    settings = build(DemoSettings, _chosen(parsed, DemoSettings))
+    settings = build(DemoSettings, flags.chosen(parsed, DemoSettings))
     out: Path = parsed.out
     place = launch.place()
     check_shard(settings, parsed.ranks if place is None else place.world_size)
@@ -150,16 +150,7 @@ def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
         build(TrainSettings, below)
     except DistoptError as error:
         raise InputError(f"--config {parsed.config}: {error}") from None
-    return build(TrainSettings, merged(below, _chosen(parsed, TrainSettings)))
-
-
-def _chosen(parsed: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """What was set by flags, in tables; each value is judged by itself here, by the name of its flag."""
-    values = {}
-    for name, field, of in leaves(kind):
-        if (text := getattr(parsed, name, None)) is not None:
-            values[name] = check_value(_ALSO.get(name, f"--{name}"), value_of(text, of), field, (of,))
-    return nested(values)
+    return build(TrainSettings, merged(below, flags.chosen(parsed, TrainSettings)))
 
 
 def _begin(parsed: argparse.Namespace, settings: Any, out: Path, place: launch.Place | None) -> bool:
@@ -224,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
     _add_ranks(demo, launch.MOST)
     _add_fresh(demo)
-    _add_fields(demo, DemoSettings)
+    flags.add_fields(demo, DemoSettings)
 
     train = command("train", _train, "Train both stages on pictures with captions.")
     train.add_argument("--data", type=Path, required=True, metavar="DATA", help=_DATA)
@@ -235,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
     _add_ranks(train, _MOST_PLANNED)
     _add_fresh(train)
-    _add_fields(train, TrainSettings)
+    flags.add_fields(train, TrainSettings)
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
     sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
@@ -267,23 +258,6 @@ def _add_ranks(parser: argparse.ArgumentParser, most: int) -> None:
 def _add_fresh(parser: argparse.ArgumentParser) -> None:
     meaning = "train anew, whatever --out holds; otherwise a run that was stopped goes on"
     parser.add_argument("--fresh", action="store_true", help=meaning)
-
-
-_ALSO = {f"stage{i}.steps": f"--steps-{i}" for i in (1, 2, 3)} | {f"steps_{i}": f"--steps-{i}" for i in (1, 2, 3)}
-"""Names that fields have besides their own."""
-_HIDDEN = ("n", "steps_1", "steps_2", "steps_3")
-"""Fields of the demo that have no flag of their own name."""
-
-
-def _add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
-    """A flag for every field, by the name that it has in a TOML file; `build` judges the values."""
-    for name, field, _ in leaves(kind):
-        flags = [flag for flag in (_ALSO.get(name), None if name in _HIDDEN else f"--{name}") if flag]
-        if flags:
-            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-            told = "" if default is None else f" (default: {default})"
-            meaning = field.metadata.get("meaning", "") + told
-            parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
 
 
 def _add_run(parser: argparse.ArgumentParser, default: Path | None = None, remark: str = "") -> None:

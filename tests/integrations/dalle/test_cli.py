@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distopt.integrations.dalle import cli, launch, resume, runs
+from distopt.integrations.dalle import cli, flags, launch, resume, runs
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.fields import leaves, nested
 from distopt.integrations.dalle.settings import TrainSettings, build
@@ -141,7 +141,7 @@ def test_a_flag_says_what_the_file_says(data):
         table[name] = value
         arguments += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     parsed = cli._parser().parse_args(arguments)
-    chosen = cli._chosen(parsed, TrainSettings)
+    chosen = flags.chosen(parsed, TrainSettings)
     assert _built(chosen) == _built(nested(table))
 
 

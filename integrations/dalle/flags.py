@@ -1,0 +1,44 @@
+"""A flag of the command line for every field of the settings, by the name that it has in a TOML file."""
+
+import argparse
+from typing import Any
+
+from .fields import check_value, leaves, nested, value_of
+
+_ALSO = {f"stage{i}.steps": f"--steps-{i}" for i in (1, 2, 3)} | {f"steps_{i}": f"--steps-{i}" for i in (1, 2, 3)}
+"""Names that fields have besides their own."""
+_HIDDEN = ("n", "steps_1", "steps_2", "steps_3")
+"""Fields of the demo that have no flag of their own name."""
+
+
+def add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
+    """A flag for every field, by the name that it has in a TOML file; `chosen` reads what it is given.
+
+    Args:
+        parser: gets the flags.
+        kind: the settings.
+    """
+    for name, field, _ in leaves(kind):
+        flags = [flag for flag in (_ALSO.get(name), None if name in _HIDDEN else f"--{name}") if flag]
+        if flags:
+            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            told = "" if default is None else f" (default: {default})"
+            meaning = field.metadata.get("meaning", "") + told
+            parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
+
+
+def chosen(parsed: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """What was set by flags, in tables; each value is judged by itself, by the name of its flag.
+
+    Args:
+        parsed: of a parser with the flags of `add_fields`.
+        kind: the settings.
+
+    Raises:
+        SettingError: a value is of the wrong type or out of range.
+    """
+    values = {}
+    for name, field, of in leaves(kind):
+        if (text := getattr(parsed, name, None)) is not None:
+            values[name] = check_value(_ALSO.get(name, f"--{name}"), value_of(text, of), field, (of,))
+    return nested(values)
