@@ -5,8 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-# Two files of tests at a time: most of them wait for other processes half of the time.
-TWO := --numprocesses 2 --dist loadfile
+# Two files of tests at a time: most of them wait for other processes half of the time. A timeout ends a process of tests:
+# one that is started again in its place may wait for ever.
+TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test test-full check bench clean
 
