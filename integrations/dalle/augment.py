@@ -21,6 +21,8 @@ pixel and the last at the last. Pillow's box filter takes pixels whole or not at
 Knows numpy alone: data loaders call it for each picture.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from distopt.errors import SettingError
@@ -45,13 +47,7 @@ def augment_stage1(picture: np.ndarray, size: int, rng: np.random.Generator) -> 
         >>> augment_stage1(picture, 32, np.random.default_rng(0)).shape
         (32, 32, 3)
     """
-    _check(picture, size)
-    side = min(picture.shape[:2])
-    top, left = (int(rng.integers(length - side + 1)) for length in picture.shape[:2])
-    square = picture[top : top + side, left : left + side]
-    smallest = max(size, min(side, round(9 / 8 * size)))
-    largest = max(size, min(side, round(12 / 8 * size)))
-    cut = _resized_and_cut(square, size, smallest, largest, rng)
+    cut = _cut(picture, size, lambda room: int(rng.integers(room + 1)), (9 / 8, 12 / 8), rng)
     return np.ascontiguousarray(cut[:, ::-1]) if rng.integers(2) else cut
 
 
@@ -74,11 +70,7 @@ def augment_stage2(picture: np.ndarray, size: int, rng: np.random.Generator) -> 
         >>> augment_stage2(picture, 32, np.random.default_rng(0)).shape
         (32, 32, 3)
     """
-    _check(picture, size)
-    side = min(picture.shape[:2])
-    top, left = (_central(length - side, rng) for length in picture.shape[:2])
-    square = picture[top : top + side, left : left + side]
-    return _resized_and_cut(square, size, size, max(size, min(side, round(9 / 8 * size))), rng)
+    return _cut(picture, size, lambda room: _central(room, rng), (1, 9 / 8), rng)
 
 
 def resize_by_area(picture: np.ndarray, size: int) -> np.ndarray:
@@ -105,9 +97,22 @@ def _central(room: int, rng: np.random.Generator) -> int:
     return int(rng.integers(first, max(first + 1, 5 * room // 8)))
 
 
-def _resized_and_cut(
-    square: np.ndarray, size: int, smallest: int, largest: int, rng: np.random.Generator
+def _cut(
+    picture: np.ndarray,
+    size: int,
+    place: Callable[[int], int],
+    targets: tuple[float, float],
+    rng: np.random.Generator,
 ) -> np.ndarray:
+    """Cut a square, resize it to between two ``targets``, as multiples of ``size``, and cut again.
+
+    ``place`` draws where the square lies, from the room that there is on each side.
+    """
+    _check(picture, size)
+    side = min(picture.shape[:2])
+    top, left = (place(length - side) for length in picture.shape[:2])
+    square = picture[top : top + side, left : left + side]
+    smallest, largest = (max(size, min(side, round(target * size))) for target in targets)
     target = int(rng.integers(smallest, largest + 1))
     top, left = (int(rng.integers(target - size + 1)) for _ in range(2))
     return _resized_part(square, target, top, left, size)

@@ -27,6 +27,11 @@ class Source(Protocol):
         """Side of the square pictures, in pixels."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """What every batch follows from, besides its generator: a run that goes on must find it again."""
+        ...
+
     def pictures(self, n: int, rng: np.random.Generator) -> Tensor:
         """Draw pictures without captions, ``(n, 3, size, size)`` float32 in [0, 1]: what stage 1 sees."""
         ...
@@ -57,6 +62,21 @@ class Sample(Protocol):
     def rng(self) -> np.random.Generator:
         """For all else that is random about this sample, wherever it is trained on."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Pictures that a finished model is judged by.
+
+    Args:
+        captions: n texts.
+        pictures: ``(n, 3, size, size)`` float32 in [0, 1].
+        unseen: whether they were held out; otherwise the model was trained on them, for want of others.
+    """
+
+    captions: Sequence[str]
+    pictures: Tensor
+    unseen: bool
 
 
 @runtime_checkable

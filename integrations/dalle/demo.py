@@ -90,8 +90,9 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
         "versions": report.versions(),
     }
     pages.draw_samples(out / "samples.png", figures, samples)
+    (out / runs.CHOICES).unlink(missing_ok=True)
     if chosen_of:
-        pages.draw_choices(out / "best_of.png", best["best_of"], chosen_of)
+        pages.draw_choices(out / runs.CHOICES, best["best_of"], chosen_of)
     trained.draw_reconstructions(out / "reconstructions.png", task, context)
     trained.draw_curves(out)
     runs.write_json(out / runs.REPORT, report.finite(full))

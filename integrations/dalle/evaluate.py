@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import pages, rerank, tables
+from . import pages, rerank, runs, tables
 from .context import Context
 from .data import opening
 from .data.stream import StreamSource
@@ -103,7 +103,7 @@ def _on_scenes(run: Run, model: Model, network: Features | None, out: Path) -> t
         out / "reconstructions.png", model, torch.cat([pictures for _, pictures in real.values()])
     )
     if candidates:
-        pages.draw_choices(out / "best_of.png", figures["best_of"], candidates)
+        pages.draw_choices(out / runs.CHOICES, figures["best_of"], candidates)
     lines = [*score_lines(figures), *best_of_lines(figures), "", tables.heading([split.upper() for split in SPLITS])]
     lines += tables.attribute_rows([figures["attributes"][split] for split in SPLITS])
     lines += tables.measure_rows([figures["measures"][split] for split in SPLITS])
@@ -120,9 +120,10 @@ def _on_pictures(run: Run, model: Model, network: Features | None, out: Path) ->
     source = opening.load(run.folder, size=model.dvae.settings.size, held_out=run.settings["data"]["held_out"])
     figures = score_folder(model, source, model.transformer.start.device)
     seed = int(run.settings["seed"])
-    captions, pictures = source.held_out(_HELD_OUT_LIMIT)
+    judged = source.held_out(_HELD_OUT_LIMIT)
+    captions, pictures = judged.captions, judged.pictures
     figures["measures"] = {"held_out": measure(model, captions, pictures, seed)}
-    pages.draw_held_out(out / "samples.png", model, captions, pictures, seed)
+    pages.draw_held_out(out / "samples.png", model, judged, seed)
     pages.draw_reconstructions(out / "reconstructions.png", model, pictures)
     lines = [*held_out_lines(figures), "", tables.heading(["held out"])]
     lines += tables.measure_rows([figures["measures"]["held_out"]])
@@ -243,15 +244,17 @@ def score_best_of(
 
 @torch.no_grad()
 def score_folder(model: Model, source: FolderSource | StreamSource, device: torch.device) -> dict[str, Any]:
-    """Score a model on held-out pictures of a folder (on training pictures if none are held out).
+    """Score a model on held-out pictures of a folder.
 
     Returns:
         ``tokenizer``: ``mse`` of the reconstructions (pixels in [0, 1]), ``codes_used``, ``perplexity``, ``codes`` and
         ``n``. ``held_out``: mean ``image_loss`` and ``text_loss`` in nats a token, and what is reached by knowing
         nothing of captions or of other tokens: ``unigram``, the cross-entropy under how often each code occurs in
-        training pictures, and ``unigram_by_position``, under how often it occurs at its place.
+        training pictures, and ``unigram_by_position``, under how often it occurs at its place; ``unseen``: false
+        where the pictures were trained on, because none are held out or none of those can be read.
     """
-    captions, pictures = source.held_out(_HELD_OUT_LIMIT)
+    judged = source.held_out(_HELD_OUT_LIMIT)
+    captions, pictures = judged.captions, judged.pictures
     codes, decoded = _round_trip(model, pictures)
     parts = source.training(_HELD_OUT_LIMIT).split(_BATCH)
     trained = torch.cat([model.dvae.tokenize(part.to(device)).cpu() for part in parts])
@@ -272,6 +275,7 @@ def score_folder(model: Model, source: FolderSource | StreamSource, device: torc
             "unigram": unigram_loss(trained.reshape(-1, 1), codes.reshape(-1, 1), total),
             "unigram_by_position": unigram_loss(trained, codes, total),
             "n": len(codes),
+            "unseen": judged.unseen,
         },
     }
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
+from .context import Judged
 from .pictures import NAMES_SHOWN, Pictures
 from .scenes import to_tensor
 
@@ -39,6 +40,7 @@ class FolderSource:
         self._shift = shift
         self._training = np.flatnonzero(~chosen)
         self._held_out = np.flatnonzero(chosen)
+        self._fraction = held_out
         if not len(self._training):
             raise SettingError("FolderSource.pictures", len(pictures.names), "at least 1, and 2 if any are held out")
 
@@ -51,6 +53,11 @@ class FolderSource:
     def counts(self) -> tuple[int, int]:
         """How many pictures are trained on, and how many are held out."""
         return len(self._training), len(self._held_out)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with every name, caption or pixel, and with the split."""
+        return f"{self._pictures.fingerprint}-{self._fraction}"
 
     def summary(self) -> list[str]:
         """Lines for the user: how much there is, and what is left out."""
@@ -79,10 +86,14 @@ class FolderSource:
         """The first ``limit`` training pictures in the order of names, as they are."""
         return to_tensor(np.asarray(self._pictures.pixels[self._training[:limit]]))
 
-    def held_out(self, limit: int) -> tuple[list[str], Tensor]:
+    def held_out(self, limit: int) -> Judged:
         """The first ``limit`` held-out captions and pictures by name, or training ones where none are held out."""
-        chosen = (self._held_out if len(self._held_out) else self._training)[:limit]
-        return self._captions(chosen), to_tensor(np.asarray(self._pictures.pixels[chosen]))
+        unseen = len(self._held_out) > 0
+        chosen = (self._held_out if unseen else self._training)[:limit]
+        return Judged(self._captions(chosen), to_tensor(np.asarray(self._pictures.pixels[chosen])), unseen)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _captions(self, chosen: np.ndarray) -> list[str]:
         return [self._pictures.captions[int(i)] for i in chosen]

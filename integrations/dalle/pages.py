@@ -1,6 +1,6 @@
 """The sheets of pictures that a run or its evaluation leaves: samples, choices, reconstructions, held-out captions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sheets
+from .context import Judged
 from .metrics import ssim
 from .model import Model
 from .rerank import Chosen
@@ -25,11 +26,11 @@ _CHOICES = 4
 """Captions of each split on the sheet of choices."""
 _PAIRS = 6
 _ROWS = 5
-_FOOTER = "The first captions of each split, one free sample each; nothing is selected or corrected."
+_NOTHING = "nothing is selected or corrected."
+_FOOTER = f"The first captions of each split, one free sample each; {_NOTHING}"
 _CHOSEN = (
     "The first captions of each split; the frame is around the chosen candidate, green if it is right, red if not."
 )
-_HELD_OUT = "Held-out captions with one free sample each; nothing is selected or corrected."
 
 
 def draw_samples(path: Path, figures: Mapping[str, Any], samples: Mapping[str, Any]) -> None:
@@ -101,21 +102,22 @@ def draw_reconstructions(path: Path, model: Model, pictures: Tensor) -> None:
     sheets.draw_sheet(path, sections, columns=_PAIRS)
 
 
-def draw_held_out(path: Path, model: Model, captions: Sequence[str], pictures: Tensor, seed: int) -> None:
-    """Write held-out pictures beside a sample for their captions, as many as fit, different captions first.
+def draw_held_out(path: Path, model: Model, judged: Judged, seed: int) -> None:
+    """Write pictures beside a sample for their captions, as many as fit, different captions first.
 
     Args:
         path: the file.
         model: draws.
-        captions: n texts.
-        pictures: ``(n, 3, S, S)`` in [0, 1].
+        judged: held-out captions and pictures, where there are any.
         seed: decides the samples.
     """
+    captions, pictures = judged.captions, judged.pictures
     # Different captions first: folders often say the same of many pictures.
     first_of = {caption: i for i, caption in reversed(list(enumerate(captions)))}
     order = sorted(range(len(captions)), key=lambda i: (first_of[captions[i]] != i, i))[:24]
     drawn = model.draw([captions[i] for i in order], seed)
     real = to_uint8(pictures[order])
     cells = [sheets.Cell([truth, sample], captions[i]) for i, truth, sample in zip(order, real, drawn, strict=True)]
-    section = sheets.Section("Held-out captions", "left the real picture, right what the model drew", cells)
-    sheets.draw_sheet(path, [section], columns=_PAIRS, footer=_HELD_OUT)
+    title = "Held-out captions" if judged.unseen else "Training captions"
+    section = sheets.Section(title, "left the real picture, right what the model drew", cells)
+    sheets.draw_sheet(path, [section], columns=_PAIRS, footer=f"{title} with one free sample each; {_NOTHING}")

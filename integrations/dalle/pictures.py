@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .data import split
+from .data.checksums import checksum, digest
 from .settings import InputError
 
 _NOT_PICTURES = {"PDF", "EPS", "MPEG", "WMF", "HDF5", "GRIB", "BUFR"}
@@ -81,6 +82,11 @@ class Pictures:
             shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
             lines.append(f"left out: {len(names)} {reason}: {shown}")
         return lines
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with every name, caption or pixel."""
+        return digest([list(self.names), list(self.captions), checksum(self.pixels)])
 
     def save(self, folder: Path) -> None:
         """Keep everything in the run's folder: ranks read it from there, and so does ``evaluate``."""

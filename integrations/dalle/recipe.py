@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -32,7 +31,7 @@ from .text import Tokenizer
 from .transformer import Transformer, TransformerSettings
 
 _TITLES = ("Stage 1: discrete VAE", "Stage 2: transformer", "Stage 3: contrastive model")
-_TEXT = ("tokenizer", "text_length", "captions")
+_TEXT = ("tokenizer", "text_length", "data")
 _ROOM_FOR_TEXT = 4
 """Text positions beyond the longest training caption: what BPE dropout and other wordings take."""
 
@@ -202,24 +201,17 @@ def _text(source: Source, recipe: Recipe) -> dict[str, Any]:
     tokenizer = Tokenizer.train(source.captions(), recipe.vocabulary)
     longest = tokenizer.longest(source.captions()) + _ROOM_FOR_TEXT
     length = min(recipe.text_length, longest)
-    return {"tokenizer": tokenizer.to_json(), "text_length": length, "captions": _digest(source)}
+    return {"tokenizer": tokenizer.to_json(), "text_length": length, "data": source.fingerprint}
 
 
 def _go_on(saved: Mapping[str, Any], source: Source, journal: RunJournal) -> None:
     """Tell where the run goes on, if it is with the same data."""
-    if saved["captions"] != _digest(source):
-        raise InputError("--data: its captions are not those that the run in --out was begun with")
+    if saved["data"] != source.fingerprint:
+        raise InputError("--data: its pictures or captions are not those that the run in --out was begun with")
     stage, step = saved["stage"], saved["step"]
     finished = {STAGES[i]: saved[f"stage{i + 1}"]["steps"] for i in range(stage - 1)}
     journal.begin({**finished, STAGES[stage - 1]: step})
     journal.say(f"goes on after step {step} of {STAGES[stage - 1]}")
-
-
-def _digest(source: Source) -> str:
-    digest = hashlib.sha256()
-    for caption in source.captions():
-        digest.update(caption.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()
 
 
 def published_dvae(folder: Path, size: int, context: Context) -> StageResult:

@@ -112,15 +112,17 @@ def best_of_lines(report: Mapping[str, Any]) -> list[str]:
 def held_out_lines(report: Mapping[str, Any]) -> list[str]:
     """Lines with the losses of a folder's report."""
     tokenizer, held_out = report["tokenizer"], report["held_out"]
+    of = "held-out" if held_out["unseen"] else "training"
     values = {
-        "held-out image loss": held_out["image_loss"],
+        f"{of} image loss": held_out["image_loss"],
         "  unigram baseline": held_out["unigram"],
         "  unigram baseline by position": held_out["unigram_by_position"],
-        "held-out text loss": held_out["text_loss"],
+        f"{of} text loss": held_out["text_loss"],
     }
-    lines = [f"{name:40}{_number(value):>9} nats a token" for name, value in values.items()]
+    lines = [] if held_out["unseen"] else ["no held-out picture can be read: these are figures of training pictures"]
+    lines += [f"{name:40}{_number(value):>9} nats a token" for name, value in values.items()]
     lines.append(
-        f"{'reconstruction of held-out pictures':40}{_number(tokenizer['mse']):>9} mean squared error, "
+        f"{f'reconstruction of {of} pictures':40}{_number(tokenizer['mse']):>9} mean squared error, "
         f"{tokenizer['codes_used']} of {tokenizer['codes']} codes in use"
     )
     return lines
@@ -164,9 +166,9 @@ def _stages(report: Mapping[str, Any]) -> list[str]:
 
 def file_lines(out: Path) -> list[str]:
     """Lines that say where the files of a run are."""
-    scales = f", {runs.SCALES}" if (out / runs.SCALES).exists() else ""
+    pictures = ["samples.png", runs.CHOICES, "reconstructions.png", "loss.png", runs.SCALES]
     return [
-        f"pictures: {out}/samples.png, reconstructions.png, loss.png{scales}",
+        f"pictures: {out}/{', '.join(name for name in pictures if (out / name).exists())}",
         f"figures:  {out}/report.json; curves: tensorboard --logdir {out}",
     ]
 

@@ -17,6 +17,7 @@ TOKENIZER = "tokenizer.json"
 CONTRAST = "contrast.safetensors"
 """Of runs that have a contrastive model."""
 SCALES = "scales.png"
+CHOICES = "best_of.png"
 EVALUATION = "evaluation"
 _KINDS = ("demo", "folder")
 BUNDLED = Path(__file__).parent / "models" / "demo"

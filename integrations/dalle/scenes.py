@@ -15,6 +15,7 @@ S2                    triples with one or two of the 8 colour-shape pairs that n
 """
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -276,6 +277,11 @@ class Scenes:
         if split not in splits:
             raise SettingError("Scenes.test_captions.split", split, "one of 's0', 's1', 's2'")
         return [(t, self.caption(t, rng)) for t in _choose(splits[split], n, rng)]
+
+    @property
+    def fingerprint(self) -> str:
+        """The task, in words."""
+        return json.dumps(self.describe())
 
     def describe(self) -> dict[str, object]:
         """Give the numbers of the task, ready for JSON."""

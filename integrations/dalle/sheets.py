@@ -144,7 +144,8 @@ def _plain(axes: Axes) -> None:
 
 def _draw_section(section: Section, columns: int) -> Image.Image:
     cell_width = (WIDTH - 2 * _MARGIN + _GAP) // columns - _GAP
-    cells = [_draw_cell(cell, min(cell_width, 640)) for cell in section.cells]
+    marked = any(cell.right is not None for cell in section.cells)
+    cells = [_draw_cell(cell, min(cell_width, 640), marked) for cell in section.cells]
     heading = 62 if section.title else 0
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     heights = [max(cell.height for cell in row) for row in rows]
@@ -162,8 +163,8 @@ def _draw_section(section: Section, columns: int) -> Image.Image:
     return block
 
 
-def _draw_cell(cell: Cell, width: int) -> Image.Image:
-    """Pictures in a frame with the caption below, ``width`` pixels wide."""
+def _draw_cell(cell: Cell, width: int, marked: bool) -> Image.Image:
+    """Pictures in a frame with the caption below, ``width`` pixels wide, with room for a mark if others have one."""
     count, size = len(cell.pictures), len(cell.pictures[0])
     factor = max(1, (width - 2 * _FRAME - (count - 1) * _FRAME) // (count * size))
     side = factor * size
@@ -172,7 +173,7 @@ def _draw_cell(cell: Cell, width: int) -> Image.Image:
     font = _font(21)
     lines = _wrap(cell.caption, font, width)
     # The mark sits on the frame's corner and sticks out, so that it hides nothing of the picture but its very corner.
-    top = 0 if cell.right is None else _MARK // 2 - 6
+    top = _MARK // 2 - 6 if marked else 0
     bottom = top + side + 2 * _FRAME
     image = Image.new("RGB", (width, bottom + (8 + 27 * len(lines) if lines else 0)), "white")
     draw = ImageDraw.Draw(image)

@@ -224,7 +224,8 @@ class _Stage:
         return Loss({"pictures": loss.total * len(pictures)}, values)
 
     def weight_of_last(self, taken: int) -> float:
-        return _weight_of_last(taken, self.settings)
+        """More early on: the start is left behind."""
+        return 1 - min(self.settings.averaging, (1 + taken) / (10 + taken))
 
     def values(self, step: int) -> dict[str, float]:
         return {"tau": self.settings.weights_at(step)["tau"]}
@@ -313,11 +314,3 @@ def _batch(
         logits = torch.empty(chunk.rows, model.codes, model.grid, model.grid, device=context.device)
         noises.append(gumbel(logits, generator)[chunk.kept])
     return torch.cat(pictures).to(context.device), torch.cat(noises)
-
-
-def _weight_of_last(step: int, settings: Stage1Settings) -> float:
-    """The weight of the last weights in the averaged ones; more early on, which the start left behind.
-
-    ``step`` counts the steps that were taken before.
-    """
-    return 1 - min(settings.averaging, (1 + step) / (10 + step))

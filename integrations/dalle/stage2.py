@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 import distopt
 
 from .batches import chunks
+from .captioned import CaptionedStage
 from .codes import Codec, code_vectors
 from .context import Context, Source, StageResult, Stream
 from .data.batches import text_and_pictures_at
@@ -105,10 +106,10 @@ def train_transformer(
     return train(_Stage(source, dvae, tokenizer, model, settings, context), context)
 
 
-class _Stage:
+class _Stage(CaptionedStage):
     """What the trainer is told of stage 2."""
 
-    grad_scaler = None
+    settings: Stage2Settings
 
     def __init__(
         self,
@@ -119,8 +120,7 @@ class _Stage:
         settings: Stage2Settings,
         context: Context,
     ) -> None:
-        self.settings = settings
-        self._source, self._dvae, self._tokenizer, self._context = source, dvae, tokenizer, context
+        super().__init__(source, dvae, tokenizer, settings, context)
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             vectors = code_vectors(source, dvae, model, context)
@@ -153,12 +153,6 @@ class _Stage:
         losses = trained(text.to(self._context.device), image)
         sums = {"text": losses.text * count["text"] / 8, "image": losses.image * count["image"] * (7 / 8)}
         return Loss(sums, {"text": losses.text, "image": losses.image})
-
-    def weight_of_last(self, taken: int) -> float:
-        return _weight_of_last(taken, self.settings)
-
-    def values(self, step: int) -> dict[str, float]:
-        return {"learning_rate": self.settings.learning_rate_at(step)}
 
     def look(self, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Free samples of some captions, beside their pictures."""
@@ -239,8 +233,3 @@ def _batch(
         image = dvae.tokenize(torch.cat(pictures).to(context.device))
     # Text stays where its tokens can be counted without waiting for a device.
     return torch.cat(texts), image
-
-
-def _weight_of_last(step: int, settings: Stage2Settings) -> float:
-    """The weight of the last weights in the averaged ones, whose window grows with the steps taken before."""
-    return 1.0 if settings.averaging == 0 else min(1.0, 1 / (1 + settings.averaging * step))

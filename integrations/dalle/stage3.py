@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from distopt.errors import SettingError
 
+from .captioned import CaptionedStage
 from .codes import Codec
 from .context import Context, Source, StageResult
 from .contrast import Contrast, ContrastSettings
@@ -118,10 +119,10 @@ def train_contrast(
     return train(_Stage(source, dvae, tokenizer, model, settings, context), context)
 
 
-class _Stage:
+class _Stage(CaptionedStage):
     """What the trainer is told of stage 3."""
 
-    grad_scaler = None
+    settings: Stage3Settings
 
     def __init__(
         self,
@@ -132,17 +133,13 @@ class _Stage:
         settings: Stage3Settings,
         context: Context,
     ) -> None:
-        self.settings = settings
-        self._source, self._dvae, self._tokenizer, self._context = source, dvae, tokenizer, context
+        super().__init__(source, dvae, tokenizer, settings, context)
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             self.model = Contrast(model).to(context.device)
 
     def units(self) -> list[nn.Module]:
         return [*self.model.around, self.model.between]
-
-    def by_columns(self) -> list[nn.Parameter]:
-        return []
 
     def optimizer(self) -> Optimizer:
         settings = self.settings
@@ -163,16 +160,6 @@ class _Stage:
     def loss(self, trained: nn.Module, batch: Batch, step: int) -> Loss:
         loss = trained(*batch)
         return Loss({"groups": loss.total * len(batch[0])}, {"right": loss.right})
-
-    def weight_of_last(self, taken: int) -> float:
-        return 1 / (1 + self.settings.averaging * taken) if self.settings.averaging else 1.0
-
-    def values(self, step: int) -> dict[str, float]:
-        return {"learning_rate": self.settings.learning_rate_at(step)}
-
-    def look(self, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Nothing that the figures of every step do not show."""
-        return {}, {}
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Trains both stages on a folder of captioned pictures, and measures what was learned on pictures held out."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,42 +40,31 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         SettingError: a setting does not fit the number of ranks.
     """
     began = time.perf_counter()
-    source = _source(settings, data, out, context, read)
-    chosen = recipe_of(settings)
-    with recipe.journal_of(out, context) as journal:
-        for line in source.summary():
-            journal.say(line)
-        journal.say(f"{chosen.surroundings(context)}; writing to {out}")
-        checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
-        trained = recipe.train(source, chosen, context, journal, checkpoints)
-    broken = batches.broken_of(source, context)
-    if context.rank != 0:
-        return
-    training, held_out = source.counts
-    left_out, names = source.left_out()
-    if broken:
-        left_out["broken"], names["broken"] = left_out.get("broken", 0) + len(broken), broken[:NAMES_SHOWN]
-    full = {
-        **score_folder(trained.model, source, context.device),
-        **trained.figures(),
-        "data": {
-            "folder": str(data),
-            "pictures": training + held_out,
-            "training": training,
-            "held_out": held_out,
-            "left_out": left_out,
-            "left_out_names": names,
-        },
-        "world_size": context.world_size,
-        "seed": settings.seed,
-        "wall_seconds": recipe.seconds_since(began),
-        "sampling": dataclasses.asdict(chosen.sampling),
-        "training": chosen.describe(),
-        "peak_memory_bytes": report.peak_memory(),
-        "versions": report.versions(),
-    }
-    pages.draw_held_out(out / "samples.png", trained.model, *source.held_out(1024), settings.seed)
-    trained.draw_reconstructions(out / "reconstructions.png", source, context)
+    with contextlib.closing(_source(settings, data, out, context, read)) as source:
+        chosen = recipe_of(settings)
+        with recipe.journal_of(out, context) as journal:
+            for line in source.summary():
+                journal.say(line)
+            journal.say(f"{chosen.surroundings(context)}; writing to {out}")
+            checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
+            trained = recipe.train(source, chosen, context, journal, checkpoints)
+        broken = batches.broken_of(source, context)
+        if context.rank != 0:
+            return
+        full = {
+            **score_folder(trained.model, source, context.device),
+            **trained.figures(),
+            "data": _described(source, data, broken),
+            "world_size": context.world_size,
+            "seed": settings.seed,
+            "wall_seconds": recipe.seconds_since(began),
+            "sampling": dataclasses.asdict(chosen.sampling),
+            "training": chosen.describe(),
+            "peak_memory_bytes": report.peak_memory(),
+            "versions": report.versions(),
+        }
+        pages.draw_held_out(out / "samples.png", trained.model, source.held_out(1024), settings.seed)
+        trained.draw_reconstructions(out / "reconstructions.png", source, context)
     trained.draw_curves(out)
     runs.write_json(out / runs.REPORT, report.finite(full))
     kept = {"seed": settings.seed, "data": {"held_out": settings.held_out}, "training": chosen.describe()}
@@ -85,8 +76,25 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
         *report.precision_lines(full),
         *report.file_lines(out),
     ]
-    title = f"{data}: {training} pictures trained on, {held_out} held out, {full['wall_seconds']:.0f} s"
-    print(report.framed(title, lines))
+    found = full["data"]
+    counts = f"{found['training']} pictures trained on, {found['held_out']} held out"
+    print(report.framed(f"{data}: {counts}, {full['wall_seconds']:.0f} s", lines))
+
+
+def _described(source: FolderSource | StreamSource, data: Path, broken: Sequence[str]) -> dict[str, Any]:
+    """How much there was to train on, and what was left out."""
+    training, held_out = source.counts
+    left_out, names = source.left_out()
+    if broken:
+        left_out["broken"], names["broken"] = left_out.get("broken", 0) + len(broken), list(broken[:NAMES_SHOWN])
+    return {
+        "folder": str(data),
+        "pictures": training + held_out,
+        "training": training,
+        "held_out": held_out,
+        "left_out": left_out,
+        "left_out_names": names,
+    }
 
 
 def _source(

@@ -4,7 +4,6 @@ An example takes some dozens of bytes and its texts, so that millions of them fi
 needed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..settings import InputError
+from .checksums import checksum, digest
 from .split import held_out, place_of
 
 FOLDER = "index"
@@ -195,8 +195,9 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with every name, caption or place: a run that goes on must find what it began with."""
-        return _digest({name: _checksum(array) for name, array in self.arrays.items()})
+        """Changes with every name, caption or length, but not where the files are moved to another folder."""
+        lasting = {"lengths": self.places[:, 2], **self.arrays}
+        return digest({name: checksum(lasting[name]) for name in _LASTING})
 
     def save(self, run: Path) -> None:
         """Keep the index in the run's folder."""
@@ -211,7 +212,7 @@ class Index:
         main = {
             "format": _FORMAT,
             "made_of": dict(self.made_of),
-            "checksums": {name: _checksum(array) for name, array in self.arrays.items()},
+            "checksums": {name: checksum(array) for name, array in self.arrays.items()},
             "left_out": {"counts": self.left_out.counts, "names": self.left_out.names},
         }
         # Written last, and in one step: where it is, all the rest is.
@@ -230,7 +231,7 @@ class Index:
         try:
             main = json.loads((folder / MAIN).read_text(encoding="utf-8"))
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in main["checksums"]}
-            if main["format"] != _FORMAT or any(_checksum(arrays[n]) != s for n, s in main["checksums"].items()):
+            if main["format"] != _FORMAT or any(checksum(arrays[n]) != s for n, s in main["checksums"].items()):
                 raise ValueError
             texts = {name: Texts(arrays[f"{name}_data"], arrays[f"{name}_ends"]) for name in _TEXTS}
             columns = {name: arrays[name] for name in ("last", "places", "splits")}
@@ -241,16 +242,4 @@ class Index:
 
 
 _TEXTS = ("names", "captions", "files")
-
-
-def _checksum(array: np.ndarray) -> str:
-    # In pieces: a mapped array must not be brought into memory whole.
-    hashed = hashlib.blake2b(f"{array.dtype.str} {array.shape}".encode(), digest_size=16)
-    flat = array.reshape(-1)
-    for first in range(0, len(flat), 1 << 20):
-        hashed.update(np.ascontiguousarray(flat[first : first + (1 << 20)]).tobytes())
-    return hashed.hexdigest()
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+_LASTING = ("names_data", "names_ends", "captions_data", "captions_ends", "last", "splits", "lengths")

@@ -18,6 +18,7 @@ from torch import Tensor
 from distopt.errors import SettingError
 
 from ..augment import augment_stage1, augment_stage2
+from ..context import Judged
 from ..pictures import decode, square
 from ..scenes import to_tensor
 from ..settings import DataOptions, InputError
@@ -77,7 +78,7 @@ class StreamSource:
         chosen = index.held_out(held_out)
         self._index = index
         self._size, self._seed, self._shift, self._options = size, seed, shift, options
-        self._fingerprint = f"{index.fingerprint}-{held_out}"
+        self._fraction = held_out
         self._training = np.flatnonzero(~chosen)
         self._held_out = np.flatnonzero(chosen)
         if not len(self._training):
@@ -101,8 +102,8 @@ class StreamSource:
 
     @property
     def fingerprint(self) -> str:
-        """What a run that goes on must find again: the index and the split."""
-        return self._fingerprint
+        """Changes with the index and the split."""
+        return f"{self._index.fingerprint}-{self._fraction}"
 
     @property
     def broken(self) -> Sequence[str]:
@@ -158,15 +159,17 @@ class StreamSource:
         Raises:
             InputError: there is none.
         """
-        return self._shown(self._as_they_are(self._training, limit))[1]
+        return self._shown(self._as_they_are(self._training, limit), unseen=False).pictures
 
-    def held_out(self, limit: int) -> tuple[list[str], Tensor]:
+    def held_out(self, limit: int) -> Judged:
         """The first ``limit`` held-out captions and pictures; training ones where none can be had.
 
         Raises:
             InputError: there are none at all.
         """
-        return self._shown(self._as_they_are(self._held_out, limit) or self._as_they_are(self._training, limit))
+        if found := self._as_they_are(self._held_out, limit):
+            return self._shown(found, unseen=True)
+        return self._shown(self._as_they_are(self._training, limit), unseen=False)
 
     def close(self) -> None:
         """Stop decoding."""
@@ -233,10 +236,11 @@ class StreamSource:
                 break
         return found
 
-    def _shown(self, found: Sequence[tuple[str, np.ndarray]]) -> tuple[list[str], Tensor]:
+    def _shown(self, found: Sequence[tuple[str, np.ndarray]], *, unseen: bool) -> Judged:
         if not found:
             raise InputError(f"--data: none of {len(self._index)} pictures can be read: they are broken or gone")
-        return [caption for caption, _ in found], to_tensor(np.stack([pixels for _, pixels in found]))
+        captions = [caption for caption, _ in found]
+        return Judged(captions, to_tensor(np.stack([pixels for _, pixels in found])), unseen)
 
     def _plain(self, item: int) -> np.ndarray | None:
         picture = self._decoded(item)

@@ -140,7 +140,7 @@ def test_a_folder_is_evaluated_on_what_was_held_out(tiny_model, tmp_path, capsys
     figures = evaluate.score_folder(tiny_model, source, torch.device("cpu"))
     assert figures["held_out"]["n"] == figures["tokenizer"]["n"] == source.counts[1]
     text = tiny_model.tokenizer.encode(["red"], 16)
-    image = tiny_model.dvae.tokenize(source.held_out(100)[1])
+    image = tiny_model.dvae.tokenize(source.held_out(100).pictures)
     expected = tiny_model.transformer(text.expand(len(image), -1), image).image.item()
     assert figures["held_out"]["image_loss"] == pytest.approx(expected, rel=1e-5)
 

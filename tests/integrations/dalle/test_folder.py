@@ -26,7 +26,7 @@ def test_a_batch_is_a_pure_function_of_its_generator(pictures):
 
 def test_captions_belong_to_their_pictures_and_nothing_held_out_is_drawn(pictures):
     source = FolderSource(pictures, held_out=0.3)
-    held, _ = source.held_out(100)
+    held = source.held_out(100).captions
     captions, batch = source.pairs(500, np.random.default_rng(0))
     assert batch.shape == (500, 3, 8, 8)
     assert batch.dtype == torch.float32
@@ -39,7 +39,7 @@ def test_captions_belong_to_their_pictures_and_nothing_held_out_is_drawn(picture
 
 def test_stage_one_sees_no_held_out_picture(pictures):
     source = FolderSource(pictures, held_out=0.3)
-    _, held = source.held_out(100)
+    held = source.held_out(100).pictures
     drawn = source.pictures(500, np.random.default_rng(0))
     assert not any(torch.equal(a, b) for a in held for b in drawn)
 
@@ -55,7 +55,22 @@ def test_shifting_moves_and_repeats_the_edge():
 def test_with_nothing_held_out_training_pictures_are_measured(pictures):
     source = FolderSource(pictures, held_out=0)
     assert source.counts == (40, 0)
-    assert len(source.held_out(7)[0]) == 7
+    judged = source.held_out(7)
+    assert len(judged.captions) == len(judged.pictures) == 7
+    assert not judged.unseen
+    assert FolderSource(pictures, held_out=0.3).held_out(7).unseen
+
+
+def test_a_fingerprint_is_of_names_captions_pixels_and_split(pictures):
+    darker = Pictures(pictures.names, pictures.captions, pictures.pixels // 2)
+    renamed = Pictures([f"a/{name}" for name in pictures.names], pictures.captions, pictures.pixels)
+    retold = Pictures(pictures.names, [caption.upper() for caption in pictures.captions], pictures.pixels)
+    same = Pictures(list(pictures.names), list(pictures.captions), pictures.pixels.copy())
+    sources = [FolderSource(each) for each in (pictures, darker, renamed, retold)] + [
+        FolderSource(pictures, held_out=0.2)
+    ]
+    assert len({source.fingerprint for source in sources}) == 5
+    assert FolderSource(same).fingerprint == sources[0].fingerprint
 
 
 @pytest.mark.parametrize(("field", "value"), [("held_out", 1.0), ("held_out", -0.1), ("shift", -1)])

@@ -148,7 +148,7 @@ def test_steps_that_are_skipped_do_not_advance_the_averaged_weights(monkeypatch)
     monkeypatch.setattr(stage2, "_scaler", Skipping)
     for number, module in enumerate((stage1, stage2), start=1):
         averaged = []
-        monkeypatch.setattr(module, "_weight_of_last", lambda step, _, averaged=averaged: averaged.append(step) or 0.5)
+        monkeypatch.setattr(module._Stage, "weight_of_last", lambda _, taken: averaged.append(taken) or 0.5)  # noqa: B023
         result = train(number, "fp16", 6)
         assert averaged == [0, 1, 2, 3]
         assert result.skipped_steps == 2

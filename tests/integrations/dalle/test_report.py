@@ -95,3 +95,14 @@ def test_json_is_replaced_whole(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_figures_of_training_pictures_are_not_called_held_out():
+    losses = {"image_loss": 1.0, "text_loss": 1.0, "unigram": 2.0, "unigram_by_position": 2.0}
+    figures = {"tokenizer": {"mse": 0.1, "codes_used": 3, "codes": 4}, "held_out": {**losses, "unseen": True}}
+    assert "held-out image loss" in report.held_out_lines(figures)[0]
+    figures["held_out"]["unseen"] = False
+    first, *rest = report.held_out_lines(figures)
+    assert first == "no held-out picture can be read: these are figures of training pictures"
+    assert not any("held-out" in line for line in rest)
+    assert "training image loss" in rest[0]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from distopt.integrations.dalle import stage2
 from distopt.integrations.dalle.averaging import Averaged
+from distopt.integrations.dalle.captioned import CaptionedStage
 from distopt.integrations.dalle.codes import code_vectors
 from distopt.integrations.dalle.context import Context, StageResult
 from distopt.integrations.dalle.sampling import sample
@@ -31,6 +32,7 @@ class Flags:
     """Pictures of 8 x 8 whose upper and lower halves have the two colours of the caption."""
 
     size = 8
+    fingerprint = "flags"
 
     def pairs(self, n: int, rng: np.random.Generator) -> tuple[list[str], Tensor]:
         halves = rng.integers(8, size=(n, 2))
@@ -142,10 +144,11 @@ def test_averaging_is_the_mean_over_the_last_part_and_none_is_the_last() -> None
     same = train({"averaging": 0.5, "steps": 1})
     torch.testing.assert_close(last.model.state_dict(), same.model.state_dict(), atol=0, rtol=0)
     model, settings = torch.nn.Linear(1, 1), dataclasses.replace(SETTINGS, averaging=0.05)
+    stage = CaptionedStage(Flags(), Corners(), TOKENIZER, settings, Context())
     averaged = Averaged(model)
     for step in range(200):
         torch.nn.init.constant_(model.weight, float(step))
-        averaged.move(stage2._weight_of_last(step, settings))
+        averaged.move(stage.weight_of_last(step))
     # Weights that fall off over a twentieth of the steps: the mean lies about that far behind.
     assert averaged.write(torch.nn.Linear(1, 1)).weight.item() == pytest.approx(200 * (1 - 1 / 21), abs=1.5)
 

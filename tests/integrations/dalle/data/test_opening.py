@@ -124,6 +124,15 @@ def test_a_run_keeps_only_what_was_read_last(tmp_path):
         assert isinstance(opening.load(run, size=8, held_out=0.1), kind)
 
 
+def test_a_run_goes_on_with_data_that_were_moved_but_not_with_others(tmp_path):
+    data = write_folder(tmp_path / "data", 5)
+    first = opening.read(data, _settings(reading="stream")).fingerprint
+    moved = data.rename(tmp_path / "elsewhere")
+    assert opening.read(moved, _settings(reading="stream")).fingerprint == first
+    (moved / "003.txt").write_text("another")
+    assert opening.read(moved, _settings(reading="stream")).fingerprint != first
+
+
 def test_the_index_is_what_was_saved_and_damage_is_found(tmp_path):
     data, run = write_folder(tmp_path / "data", 5), tmp_path / "run"
     run.mkdir()

@@ -104,11 +104,14 @@ def test_a_file_that_goes_away_is_replaced(tmp_path):
 def test_held_out_pictures_that_cannot_be_read_do_not_end_a_run(tmp_path):
     data = write_folder(tmp_path / "data", 8)
     source = _opened(data, tmp_path, held_out=0.01)
-    (caption,), _ = source.held_out(9)
+    judged = source.held_out(9)
+    (caption,) = judged.captions
+    assert judged.unseen
     spoil(data / f"{int(caption.split()[2]):03}.png")
-    captions, pictures = source.held_out(9)
-    assert len(captions) == len(pictures) == source.counts[0] == 7
-    assert caption not in captions
+    judged = source.held_out(9)
+    assert len(judged.captions) == len(judged.pictures) == source.counts[0] == 7
+    assert caption not in judged.captions
+    assert not judged.unseen
 
 
 def test_with_nothing_left_to_read_the_run_says_so(tmp_path):
@@ -135,11 +138,13 @@ def test_nothing_held_out_is_trained_on_and_the_split_is_by_name(each_kind, tmp_
     training, held = source.counts
     assert training + held == 24
     assert held > 0
-    spoken, pictures = source.held_out(100)
-    numbers = {which((picture.permute(1, 2, 0) * 255).round()) for picture in pictures}
+    judged = source.held_out(100)
+    numbers = {which((picture.permute(1, 2, 0) * 255).round()) for picture in judged.pictures}
     assert len(numbers) == held
     assert not numbers & set(_numbers(source, 2, range(12), 4))
-    assert not {caption.split()[2] for caption in source.captions()} & {caption.split()[2] for caption in spoken}
+    assert not {caption.split()[2] for caption in source.captions()} & {
+        caption.split()[2] for caption in judged.captions
+    }
 
 
 def test_the_tokenizer_reads_a_seeded_sample_of_many_captions(tmp_path):
