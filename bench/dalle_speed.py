@@ -10,7 +10,8 @@ have the same losses over some steps and draw the same codes.
 
 Training:
 
-- ``plain``, and ``distopt``: the transformer, its optimizer and its stepper in a process alone, as ``train`` has them;
+- ``plain``, and ``distopt``: the transformer, its optimizer, windows and stepper in a process alone, as ``train`` has
+  them;
 - ``plain DDP``, and ``distopt DDP``: both inside DistributedDataParallel over one rank, ours with ``distopt.register``
   and exact averaging; its ratio is to plain DDP. PowerSGD as a third compresses, too, what one rank need not send;
 - ``distopt dense``: under the paper's masks, without gathering the keys.
@@ -20,6 +21,7 @@ Sampling: ours and the plain one with keys and values kept; ours without, from t
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +34,10 @@ import torch.distributed as dist
 from distopt.integrations.dalle import sparse_attention
 from distopt.integrations.dalle.attention import stream_mask
 from distopt.integrations.dalle.context import Context
-from distopt.integrations.dalle.precision import LossScaler, Stepper, adamw
+from distopt.integrations.dalle.precision import LossScaler, Stepper
 from distopt.integrations.dalle.sampling import sample
+from distopt.integrations.dalle.stage2 import Stage2Settings, optimizer_of
+from distopt.integrations.dalle.text import PAD
 from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -66,7 +70,8 @@ SIZES = {
 }
 """The demo's transformer, and two that are larger; the heads are four."""
 
-Step = Callable[[Tensor, Tensor], float]
+Batch = tuple[Tensor, Tensor]
+Step = Callable[[], float]
 
 
 def main() -> None:
@@ -134,9 +139,9 @@ class Case:
 
     def check(self) -> None:
         """Both compute the same: losses over some steps, and samples."""
-        ours, plain = _our_step(self.ours()), _plain_step(self.plain())
+        ours, plain = _our_step(self.ours(), self._batch()), _plain_step(self.plain(), self._batch())
         for _ in range(3):
-            pair = [step(*self._batch()) for step in (ours, plain)]
+            pair = [step() for step in (ours, plain)]
             if abs(pair[0] - pair[1]) > 2e-3 * abs(pair[1]):
                 raise AssertionError(f"{self.name}, {self.attention}: the losses are {pair}")
         text = self.text[: self.size.samples]
@@ -145,21 +150,21 @@ class Case:
         if same < 0.9:  # a draw that falls on an edge of two codes may differ, and what follows then does
             raise AssertionError(f"{self.name}, {self.attention}: {same:.0%} of the codes are the same")
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
+    def _batch(self) -> Batch:
         return self.text[: self.size.batch], self.image[: self.size.batch]
 
     def training(self, rounds: int) -> list[dict[str, Any]]:
         """Time one step of everything, in turn."""
-        steps = {
-            "plain": _plain_step(self.plain()),
-            "distopt": _our_step(self.ours()),
-            "plain DDP": _plain_step(DDP(self.plain())),
-            "distopt DDP": _our_step(self.ours(), distopt.AllReduce()),
-            "distopt DDP, PowerSGD": _our_step(self.ours(), distopt.PowerSGD(RANK)),
+        batch = self._batch()
+        jobs = {
+            "plain": _plain_step(self.plain(), batch),
+            "distopt": _our_step(self.ours(), batch),
+            "plain DDP": _plain_step(DDP(self.plain()), batch),
+            "distopt DDP": _our_step(self.ours(), batch, distopt.AllReduce()),
+            "distopt DDP, PowerSGD": _our_step(self.ours(), batch, distopt.PowerSGD(RANK)),
         }
         if self.attention == "paper":
-            steps["distopt dense"] = _densely(_our_step(self.ours()))
-        jobs = {name: lambda step=step: step(*self._batch()) for name, step in steps.items()}
+            jobs["distopt dense"] = _densely(_our_step(self.ours(), batch))
         seconds = _in_turn(jobs, rounds)
         base = {name: seconds["plain DDP" if "DDP" in name else "plain"] for name in jobs}
         return [self._record(name, times, base[name], self.size.batch) for name, times in seconds.items()]
@@ -195,39 +200,43 @@ class Case:
         }
 
 
-def _our_step(model: Transformer, reducer: Any = None) -> Step:
-    """A step of stage 2 as ``train`` takes it, with one learning rate."""
+def _our_step(model: Transformer, batch: Batch, reducer: Any = None) -> Step:
+    """A step of stage 2 as the trainer takes it, with one learning rate."""
     context = Context()
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    groups = [
-        {"params": [item for item in model.named_parameters() if id(item[1]) in linear], "weight_decay": 0.045},
-        {"params": [item for item in model.named_parameters() if id(item[1]) not in linear], "weight_decay": 0.0},
-    ]
-    optimizer = adamw(groups, context, lr=LEARNING_RATE, betas=(0.9, 0.96))
-    scaler = LossScaler("cpu", enabled=False)
-    stepper = Stepper(model.parameters(), optimizer, scaler, CLIP, 1_000_000, context)
+    optimizer = optimizer_of(
+        model, dict(model.named_parameters()), Stage2Settings(learning_rate=LEARNING_RATE), context
+    )
+    stepper = Stepper(model.parameters(), optimizer, LossScaler("cpu", enabled=False), CLIP, 1_000_000, context)
     trained = model if reducer is None else DDP(model)
     if reducer is not None:
         distopt.register(trained, reducer)
+    counts = {"text": int((batch[0] != PAD).sum()), "image": batch[1].numel()}
+    windows = iter(distopt.accumulate(itertools.repeat(batch), trained, steps=1, weight=lambda _: counts))
 
-    def step(text: Tensor, image: Tensor) -> float:
-        with stepper.products():
-            loss = trained(text, image).total()
-        stepper.step(loss, LEARNING_RATE)
-        return loss.item()
+    def step() -> float:
+        total = 0.0
+        window = next(windows)
+        for text, image in window:
+            with stepper.products():
+                losses = trained(text, image)
+                sums = {"text": losses.text * counts["text"] / 8, "image": losses.image * counts["image"] * (7 / 8)}
+                window.backward(sums)
+            total = losses.total().item()
+        stepper.step(LEARNING_RATE)
+        return total
 
     return step
 
 
-def _plain_step(model: nn.Module) -> Step:
+def _plain_step(model: nn.Module, batch: Batch) -> Step:
     optimizer = plain_optimizer(model, LEARNING_RATE)
-    return lambda text, image: plain_step(model, optimizer, text, image, LEARNING_RATE, CLIP)
+    return lambda: plain_step(model, optimizer, *batch, LEARNING_RATE, CLIP)
 
 
 def _densely(step: Step) -> Step:
-    def dense(text: Tensor, image: Tensor) -> float:
+    def dense() -> float:
         with mock.patch.object(sparse_attention, "attend_gathered", sparse_attention.attend_densely):
-            return step(text, image)
+            return step()
 
     return dense
 
