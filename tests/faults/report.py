@@ -1,17 +1,19 @@
 """Try every promise as often as it says, and write the counts into docs/reliability.md.
 
-Run it from the repository's root: ``python -m tests.faults.report``. Tests tell what they have tried by pytest's
-``record_property``: the promise, trials, and how many passed.
+Run it from the repository's root: ``python -m tests.faults.report``, with files of tests to try these alone. Tests tell
+what they have tried by pytest's ``record_property``: the promise, trials, and how many passed.
 """
 
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+WHERE = ["tests/faults", "tests/integrations/dalle/test_checkpoints.py"]
 BEGIN, END = "<!-- counts -->\n", "<!-- end of counts -->\n"
 
 
@@ -39,22 +41,23 @@ class Counter:
             row.passed += int(str(told["passed"]))
             row.seconds += report.duration
 
-    def table(self) -> str:
-        """In Markdown."""
-        lines = ["| what was tried | trials | passed | seconds |", "|---|--:|--:|--:|"]
-        lines += [f"| {name} | {r.trials:,} | {r.passed:,} | {r.seconds:.0f} |" for name, r in self.rows.items()]
-        return "\n".join(lines) + "\n"
+    def lines(self) -> dict[str, str]:
+        """A line of Markdown for each promise."""
+        return {name: f"| {name} | {r.trials:,} | {r.passed:,} | {r.seconds:.0f} |" for name, r in self.rows.items()}
 
 
-def write(table: str, page: Path) -> None:
-    """Put a table between the marks of a page."""
+def write(lines: Mapping[str, str], page: Path) -> None:
+    """Put lines into the table between the marks of a page, in place of those of the same promises."""
     before, rest = page.read_text().split(BEGIN)
-    page.write_text(before + BEGIN + table + END + rest.split(END)[1])
+    table, after = rest.split(END)
+    head, rule, *rows = table.splitlines()
+    table = {row.split("|")[1].strip(): row for row in rows} | lines
+    page.write_text(before + BEGIN + "\n".join([head, rule, *table.values()]) + "\n" + END + after)
 
 
 if __name__ == "__main__":
     os.environ["DISTOPT_TESTS"] = "full"
     counter = Counter()
-    failed = pytest.main(["-q", "-p", "no:cacheprovider", *(sys.argv[1:] or ["tests/faults"])], plugins=[counter])
-    write(counter.table(), PAGE)
+    failed = pytest.main(["-q", "-p", "no:cacheprovider", *(sys.argv[1:] or WHERE)], plugins=[counter])
+    write(counter.lines(), PAGE)
     sys.exit(failed)

@@ -1,4 +1,4 @@
-"""The report counts what tests tell, and writes between the marks of a page only."""
+"""The report counts what tests tell, and changes nothing of a page but their lines between the marks."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ def told(passed, when="call"):
     return SimpleNamespace(when=when, user_properties=properties, duration=1.4)
 
 
-def test_counts_are_written_between_the_marks(tmp_path):
+def test_counts_are_written_between_the_marks_beside_those_that_are_there(tmp_path):
     counter = Counter()
     for report in (
         told(1000),
@@ -20,11 +20,12 @@ def test_counts_are_written_between_the_marks(tmp_path):
     ):
         counter.pytest_runtest_logreport(report)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}old\n{END}after\n")
-    write(counter.table(), page)
-    row = "| It holds | 2,000 | 1,999 | 3 |"
     head = "| what was tried | trials | passed | seconds |\n|---|--:|--:|--:|"
-    assert page.read_text() == f"before\n{BEGIN}{head}\n{row}\n{END}after\n"
+    before, other = "| It holds | 20 | 20 | 1 |", "| Others do, too | 5 | 5 | 1 |"
+    page.write_text(f"before\n{BEGIN}{head}\n{before}\n{other}\n{END}after\n")
+    write(counter.lines(), page)
+    row = "| It holds | 2,000 | 1,999 | 3 |"
+    assert page.read_text() == f"before\n{BEGIN}{head}\n{row}\n{other}\n{END}after\n"
 
 
 def test_the_page_has_the_marks():
