@@ -2,9 +2,10 @@
 
     make demo                                             # trains the tokenizer that both runs share
     python bench/dalle_reducers.py --demo runs/demo       # about ten minutes on two cores
+    python bench/dalle_reducers.py --steps 300 --precisions fp32 fp16 bf16
 
-Prints one JSON line a run: ``loss_against_allreduce`` is the relative difference of the final losses (mean of the last
-twentieth of the steps), which the demo keeps within 2 %.
+Prints one JSON line a run: ``loss`` is the mean of both ranks' losses over the last twentieth of the steps, and
+``loss_against_allreduce`` its relative difference to that under AllReduce in float32.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from distopt.integrations.dalle import report, runs
 from distopt.integrations.dalle.context import Context, StageResult
 from distopt.integrations.dalle.model import Model
+from distopt.integrations.dalle.precision import reducer
 from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
 
@@ -33,7 +36,9 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished demo, for its tokenizer")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, help="fewer steps than the demo takes")
-    parser.add_argument("--powersgd-ranks", type=int, nargs="*", default=[4], help="ranks of PowerSGD to compare")
+    parser.add_argument("--powersgd-ranks", type=int, nargs="*", default=[6], help="ranks of PowerSGD to compare")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32"])
+    parser.add_argument("--seed", type=int, help="another one than the demo's")
     chosen = parser.parse_args()
     if "RANK" not in os.environ:
         command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={chosen.ranks}", *sys.argv]
@@ -54,31 +59,40 @@ def compare(chosen: argparse.Namespace) -> None:
     stage2 = Stage2Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     if chosen.steps:
         stage2 = dataclasses.replace(stage2, steps=chosen.steps)
-    reducers = [distopt.AllReduce(), *(distopt.PowerSGD(rank=rank) for rank in chosen.powersgd_ranks)]
+    cases = [("fp32", reducer("allreduce", 0, "fp32"))]
+    cases += [(p, reducer("powersgd", rank, p)) for p in chosen.precisions for rank in chosen.powersgd_ranks]
+    seed = int(run.settings["seed"]) if chosen.seed is None else chosen.seed
     exact: float | None = None
-    for reducer in reducers:
-        result = train(run, stage2, reducer)
-        exact = result.final_loss if exact is None else exact
+    for precision, averaged in cases:
+        began = time.process_time()
+        result = train(run, stage2, averaged, precision, seed)
+        spent = time.process_time() - began
+        loss = torch.tensor(result.final_loss, dtype=torch.float64)
+        dist.all_reduce(loss)
+        loss = loss.item() / dist.get_world_size()
+        exact = loss if exact is None else exact
         if dist.get_rank() == 0:
-            print(json.dumps(line(reducer, result, exact)), flush=True)
+            figures = {"loss": loss, "loss_against_allreduce": loss / exact - 1, "cpu_seconds": spent, "seed": seed}
+            print(json.dumps({"precision": precision, **line(averaged, result), **figures}), flush=True)
 
 
-def train(run: runs.Run, stage2: Stage2Settings, reducer: distopt.AllReduce | distopt.PowerSGD) -> StageResult:
+def train(
+    run: runs.Run, stage2: Stage2Settings, averaged: distopt.AllReduce | distopt.PowerSGD, precision: str, seed: int
+) -> StageResult:
     """Stage 2 of ``run`` from the start."""
     model = Model.load(run, torch.device("cpu"))
     context = Context(
-        rank=dist.get_rank(), world_size=dist.get_world_size(), seed=int(run.settings["seed"]), reducer=reducer
+        rank=dist.get_rank(), world_size=dist.get_world_size(), seed=seed, reducer=averaged, precision=precision
     )
     task = Scenes(int(run.settings["task_seed"]))
     return train_transformer(task, model.dvae, model.tokenizer, model.transformer.settings, stage2, context)
 
 
-def line(reducer: distopt.AllReduce | distopt.PowerSGD, result: StageResult, exact: float) -> dict[str, object]:
+def line(averaged: distopt.AllReduce | distopt.PowerSGD, result: StageResult) -> dict[str, object]:
     """One run's figures, stamped with what they were measured on."""
     return {
-        "reducer": repr(reducer),
+        "reducer": repr(averaged),
         **report.stage_figures(result),
-        "loss_against_allreduce": result.final_loss / exact - 1,
         "steps": result.steps,
         "world_size": dist.get_world_size(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
