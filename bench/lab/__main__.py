@@ -5,39 +5,35 @@
     python -m bench.lab --hosts 3 --limits 100 --layouts replicated
 
 Hosts on one machine, with links of a set rate between them (`bench.lab.hosts`): two of one rank, each with a whole
-model ("replicated"), and two of two ranks that share the parameters of a node ("sharded"). All ways of averaging gradients
-take one step in turn, in the same processes, and so on for some rounds. Compression alone is the same step with every
-rank by itself. Writes JSON lines and tables, and tells which targets are met.
+model ("replicated"), and two of two ranks that share the parameters of a node ("sharded"). All ways of averaging
+gradients take one step in turn, in the same processes, and so on for some rounds. Compression alone is the same step
+with every rank by itself. Writes JSON lines and tables, and tells which targets are met.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from bench.lab.figures import Record
 from bench.lab.hosts import Link, check, refusing, run_on_hosts
+from bench.lab.job import Job
 from bench.lab.pictures import draw
-from bench.lab.steps import measure
 from bench.lab.tables import step_tables, target_table
 from bench.lab.targets import targets
-from bench.lab.ways import NOOP, OURS, REPLICATED, SHARDED, replicated, sharded
-from bench.lab.workloads import WORKLOADS, rows_for
+from bench.lab.ways import REPLICATED, SHARDED
+from bench.lab.workloads import WORKLOADS
 from bench.stamp import write_lines
-from distopt import node_mesh
 
 UNLIMITED = 0
-WARMUP = 3
-"""DDP lays its buckets out anew after the first step, and torch's hook begins with the third."""
-LAYOUTS = ("replicated", "sharded")
-SHARDS = 2
+RANKS_A_HOST = {"replicated": 1, "sharded": 2}
+"""By the layout."""
 
 
 def main() -> None:
@@ -74,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     limits = [UNLIMITED, 1000, 100]
     parser.add_argument("--limits", type=int, nargs="+", default=limits, metavar="MBIT", help="0 for none")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--layouts", nargs="+", choices=RANKS_A_HOST, default=list(RANKS_A_HOST))
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of each way, over each network")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=(*REPLICATED, *SHARDED), metavar="WAY", help="by their labels")
@@ -89,7 +85,7 @@ def _measured(chosen: argparse.Namespace, layout: str, workload: str) -> list[Re
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "records"
         arguments = [*sys.argv[1:], "--as-rank", str(found), layout, workload, "--"]
-        run_on_hosts(["bench.lab", *arguments], count=chosen.hosts, ranks=SHARDS if layout == "sharded" else 1)
+        run_on_hosts(["bench.lab", *arguments], count=chosen.hosts, ranks=RANKS_A_HOST[layout])
         records: list[Record] = json.loads(found.read_text(encoding="utf-8"))
     rows = records[0]["rows"]
     print(f"{layout}, {WORKLOADS[workload].title}, {rows} rows a rank: done", flush=True)
@@ -101,44 +97,16 @@ def _rank(chosen: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     file, layout, name = chosen.as_rank
-    workload = WORKLOADS[name]
-    rows = workload.rows or rows_for(workload)
-    link = Link(chosen.device, chief=dist.get_rank() % (SHARDS if layout == "sharded" else 1) == 0)
-    generator = torch.Generator().manual_seed(dist.get_rank())
+    link = Link(chosen.device, chief=dist.get_rank() % RANKS_A_HOST[layout] == 0)
     limits = [limit or None for limit in chosen.limits]
-    mesh = node_mesh() if layout == "sharded" else None
-    facts: Mapping[str, Any] = {
-        "workload": name,
-        "layout": layout,
-        "rows": rows,
-        "model_bytes": sum(p.numel() * p.element_size() for p in workload.build().parameters()),
-        "ring": dist.get_world_size() if mesh is None else mesh.size(0),
-        "rings": 1 if mesh is None else mesh.size(1),
-    }
-
-    def run(labels: Sequence[str], limits: Sequence[int | None], alone: bool) -> list[Record]:
-        group = _group_of_one() if alone else None
-        ways = {
-            label: replicated(workload, label, group) if mesh is None else sharded(workload, label, mesh)
-            for label in labels
-            if chosen.ways is None or label in chosen.ways
-        }
-        found = measure(link, limits, ways, lambda: workload.draw(rows, generator), chosen.rounds, WARMUP)
-        return [{**facts, "alone": alone, **record} for record in found]
-
-    records = run(REPLICATED if mesh is None else SHARDED, limits, alone=False)
-    if mesh is None:
-        records += run([NOOP, *OURS], [None], alone=True)
+    job = Job(name, layout, chosen.rounds, chosen.ways or (*REPLICATED, *SHARDED))
+    records = job.run(link, limits)
+    if layout == "replicated":
+        records += job.run(link, [None], alone=True)
     if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(records), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _group_of_one() -> dist.ProcessGroup:
-    """A group of this rank alone. Collective."""
-    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    return groups[dist.get_rank()]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Several hosts on one Linux machine: network namespaces, and links between them whose rate can be set. Needs root.
 
 Two hosts are joined by a cable (a pair of virtual interfaces), more by a switch (a bridge in a namespace of its
-own). The rate is that of each host's way out. Ranks of one host talk over its loopback interface, which has no limit. Delay is
-that of the machine: the kernel's emulation of it is not everywhere.
+own). The rate is that of each host's way out. Ranks of one host talk over its loopback interface, which has no limit.
+Delay is that of the machine: the kernel's emulation of it is not everywhere.
 """
 
 import concurrent.futures

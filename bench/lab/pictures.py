@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.lab.figures import Figures, Record
 from bench.lab.targets import link_name
@@ -31,9 +32,7 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     # A figure of its own, without pyplot: drawing must not depend on what display there is, or change global state.
     figure = Figure(figsize=(1.6 + 3.6 * len(workloads), 4.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    title = (
-        "A step on two hosts, by how gradients are averaged: milliseconds; bars are quartiles, ticks the wire's floor"
-    )
+    title = "Milliseconds of a step, by how gradients are averaged (bars: quartiles; ticks: no step could be shorter)"
     figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold", color=_INK)
     panels = figure.subplots(1, len(workloads), sharey=True, squeeze=False)[0]
     for axes, workload in zip(panels, workloads, strict=True):
@@ -55,14 +54,18 @@ def _panel(axes: Axes, mine: Sequence[Record], figures: Figures) -> None:
         reach = [[1e3 * (s.middle - s.low) for s in steps], [1e3 * (s.high - s.middle) for s in steps]]
         style = {"fmt": "o", "markersize": 4, "elinewidth": 1.4, "color": _COLOURS[place % len(_COLOURS)]}
         axes.errorbar(middles, rows, xerr=reach, label=link_name(megabits), **style)
+        # Computing may go on while the wire is busy, so that only the longer of both counts.
         floors = [
-            (1e3 * (empty + floor), row) for r, row in zip(found, rows, strict=True) if (floor := figures.floor(r))
+            (1e3 * max(empty, floor), row) for r, row in zip(found, rows, strict=True) if (floor := figures.floor(r))
         ]
         if floors:
             axes.plot(*zip(*floors, strict=True), "|", markersize=7, color=style["color"])
     axes.set_yticks(range(len(ways)), ways, fontsize=8)
-    axes.invert_yaxis() if not axes.yaxis_inverted() else None
+    axes.set_ylim(len(ways) - 0.4, -0.6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="x", color=_RULE, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8, colors=_FAINT)

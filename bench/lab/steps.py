@@ -46,8 +46,8 @@ def measure(
 
     Returns:
         A record for each way over each network, the same on all ranks. In the order of the rounds: seconds of the
-        slowest rank, seconds of computing of all ranks and of their reducers, bytes that the busiest host has sent, headers
-        included, and bytes that a rank has handed to be averaged.
+        slowest rank, seconds of computing of all ranks and of their reducers, bytes that the busiest host has sent,
+        headers included, and bytes that a rank has handed to be averaged.
     """
     records: list[dict[str, Any]] = []
     for limit in limits:

@@ -177,7 +177,7 @@ def replicated(workload: Workload, label: str, group: Group = None) -> Way:
 
 
 def _bf16_hook(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-    """torch's hook: under its own name DDP refuses it on gloo, which has had sums of bfloat16 since."""
+    """Torch's hook: under its own name DDP refuses it on gloo, which has had sums of bfloat16 since."""
     return default_hooks.bf16_compress_hook(state, bucket)
 
 
