@@ -218,7 +218,8 @@ def _our_step(model: Transformer, reducer: Any = None) -> Step:
     def step(text: Tensor, image: Tensor) -> float:
         with stepper.products():
             loss = trained(text, image).total()
-        stepper.step(loss, LEARNING_RATE)
+            scaler.scale(loss).backward()
+        stepper.step(LEARNING_RATE)
         return loss.item()
 
     return step
