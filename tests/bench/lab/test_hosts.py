@@ -60,6 +60,7 @@ def limit(host, megabits):
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_link_is_not_faster_than_its_rate_whoever_is_at_the_other_end(count):
     size, megabits = 1_000_000, 50
+    assert lab.burst(megabits) < size / 10
     with lab.hosts(count) as made:
         limit(made[-1], megabits)
         for other in made[:-1]:
