@@ -26,7 +26,7 @@ check: .venv/ready
 	$(BIN)/pyright
 
 bench: .venv/ready
-	$(BIN)/python bench/dalle_reducers.py
+	$(BIN)/python -m bench
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

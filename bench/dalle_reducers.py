@@ -1,22 +1,22 @@
 """Does compression cost quality? Stage 2 of DALL-E under AllReduce and PowerSGD: same seed, same batches, same tokens.
 
-    make demo                                             # trains the tokenizer that both runs share
-    python bench/dalle_reducers.py --demo runs/demo       # about ten minutes on two cores
-    python bench/dalle_reducers.py --steps 300 --precisions fp32 fp16 bf16
+    python -m bench.dalle_reducers                        # about ten minutes on two cores
+    python -m bench.dalle_reducers --steps 300 --precisions fp32 fp16 bf16
+    python -m bench.dalle_reducers --demo runs/demo       # with the tokenizer of your own ``make demo``
 
-Prints one JSON line a run: ``loss`` is the mean of both ranks' losses over the last twentieth of the steps, and
-``loss_against_allreduce`` its relative difference to that under AllReduce in float32.
+The loss is the mean over both ranks of the last twentieth of the steps; ``loss_against_allreduce`` is its relative
+difference to that under AllReduce in float32, and the target is 1 %. Writes JSON lines and a table.
 """
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,32 +28,79 @@ from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
 
 import distopt
+from bench.stamp import markdown, write_lines
+
+TARGET = 0.01
+"""Of the loss under AllReduce, either way."""
 
 
 def main() -> None:
     """Start two ranks, or be one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished demo, for its tokenizer")
+    parser.add_argument("--demo", type=Path, default=runs.BUNDLED, help="a finished demo, for its tokenizer")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, help="fewer steps than the demo takes")
     parser.add_argument("--powersgd-ranks", type=int, nargs="*", default=[6], help="ranks of PowerSGD to compare")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16", "fp16"), default=["fp32"])
     parser.add_argument("--seed", type=int, help="another one than the demo's")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     if "RANK" not in os.environ:
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={chosen.ranks}", *sys.argv]
+        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={chosen.ranks}", "-m"]
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        ended = subprocess.run([sys.executable, "-m", *command], env={**os.environ, **threads}, check=False)
+        ended = subprocess.run(
+            [sys.executable, "-m", *command, "bench.dalle_reducers", *sys.argv[1:]],
+            env={**os.environ, **threads},
+            check=False,
+        )
         sys.exit(ended.returncode)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    compare(chosen)
+    records = compare(chosen)
+    if dist.get_rank() == 0:
+        write_lines(chosen.out / "dalle_reducers.jsonl", "dalle_reducers", records)
+        text = tables(records)["dalle-reducers"]
+        (chosen.out / "dalle_reducers.md").write_text(text + "\n", encoding="utf-8")
+        print("\n" + text)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def compare(chosen: argparse.Namespace) -> None:
-    """Train stage 2 once for each reducer and print how they end."""
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """One row a reducer, by its mark."""
+    rows: list[list[str]] = []
+    for r in records:
+        away = r["loss_against_allreduce"]
+        verdict = "met" if abs(away) <= TARGET else "**not met**"
+        rows.append([
+            f"`{r['reducer']}`",
+            r["precision"],
+            str(r["seed"]),
+            f"{r['steps']:,}",
+            f"{r['loss']:.4f}",
+            f"{100 * away:+.2f} %" if away else "",
+            verdict if away else "",
+            f"{100 * r['saving']:.1f} %",
+            str(r["skipped_steps"]),
+            f"{r['cpu_ms']:.0f}",
+        ])  # fmt: skip
+    target = f"target: within {100 * TARGET:g} %"
+    head = [
+        "reducer",
+        "precision",
+        "seed",
+        "steps",
+        "loss",
+        "against AllReduce",
+        target,
+        "bytes saved",
+        "skipped steps",
+    ]
+    return {"dalle-reducers": markdown([*head, "CPU ms a step and rank"], rows)}
+
+
+def compare(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train stage 2 once for each reducer; how they end."""
     run = runs.open_run(chosen.demo)
     settings = run.settings["training"]["stage2"]
     stage2 = Stage2Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
@@ -63,17 +110,20 @@ def compare(chosen: argparse.Namespace) -> None:
     cases += [(p, reducer("powersgd", rank, p)) for p in chosen.precisions for rank in chosen.powersgd_ranks]
     seed = int(run.settings["seed"]) if chosen.seed is None else chosen.seed
     exact: float | None = None
+    records: list[dict[str, Any]] = []
     for precision, averaged in cases:
         began = time.process_time()
         result = train(run, stage2, averaged, precision, seed)
         spent = time.process_time() - began
         loss = torch.tensor(result.final_loss, dtype=torch.float64)
         dist.all_reduce(loss)
-        loss = loss.item() / dist.get_world_size()
-        exact = loss if exact is None else exact
+        mean = loss.item() / dist.get_world_size()
+        exact = mean if exact is None else exact
+        figures = {"loss": mean, "loss_against_allreduce": mean / exact - 1, "cpu_ms": 1e3 * spent / result.steps}
+        records.append({"precision": precision, "seed": seed, **line(averaged, result), **figures})
         if dist.get_rank() == 0:
-            figures = {"loss": loss, "loss_against_allreduce": loss / exact - 1, "cpu_seconds": spent, "seed": seed}
-            print(json.dumps({"precision": precision, **line(averaged, result), **figures}), flush=True)
+            print(records[-1], flush=True)
+    return records
 
 
 def train(
@@ -88,15 +138,13 @@ def train(
     return train_transformer(task, model.dvae, model.tokenizer, model.transformer.settings, stage2, context)
 
 
-def line(averaged: distopt.AllReduce | distopt.PowerSGD, result: StageResult) -> dict[str, object]:
-    """One run's figures, stamped with what they were measured on."""
+def line(averaged: distopt.AllReduce | distopt.PowerSGD, result: StageResult) -> dict[str, Any]:
+    """One run's figures."""
     return {
         "reducer": repr(averaged),
         **report.stage_figures(result),
         "steps": result.steps,
         "world_size": dist.get_world_size(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": report.versions(),
     }
 
 

@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,9 +94,14 @@ def main() -> None:
             print(*records[-9:], sep="\n", flush=True)
     dist.destroy_process_group()
     write_lines(chosen.out / "dalle_speed.jsonl", "dalle_speed", records)
-    table = "\n\n".join(f"{what}\n\n{_table(records, what)}" for what in ("training", "sampling"))
+    table = "\n\n".join(f"{mark}\n\n{text}" for mark, text in tables(records).items())
     (chosen.out / "dalle_speed.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table)
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Both tables, by their marks."""
+    return {f"dalle-{what}": _table(records, what) for what in ("training", "sampling")}
 
 
 class Case:
@@ -266,7 +271,7 @@ def _in_turn(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return seconds
 
 
-def _table(records: Sequence[dict[str, Any]], what: str) -> str:
+def _table(records: Sequence[Mapping[str, Any]], what: str) -> str:
     rows = [
         [
             r["size"],

@@ -9,7 +9,7 @@ float64.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def main() -> None:
                 records.append({"dtype": dtype, "rank": columns, "competitor": who.label, **figures})
                 print(records[-1], flush=True)
     write_lines(chosen.out / "low_rank_error.jsonl", "low_rank_error", records)
-    table = markdown_table(records)
+    table = tables(records)["low-rank-error"]
     (chosen.out / "low_rank_error.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table)
 
@@ -83,13 +83,14 @@ def run(
     return errors[START:]
 
 
-def markdown_table(records: list[dict[str, Any]]) -> str:
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One row a dtype, rank and competitor."""
     rows = [
         [r["dtype"], r["rank"], r["competitor"], *(f"{r[name]:.3g}" for name in ("first", "largest", "last", "floor"))]
         for r in records
     ]
-    return markdown(["gradient", "rank", "reducer", "first step", "largest", "last step", "floor (SVD)"], rows)
+    head = ["gradient", "rank", "reducer", "first step", "largest", "last step", "floor (SVD)"]
+    return {"low-rank-error": markdown(head, rows)}
 
 
 if __name__ == "__main__":

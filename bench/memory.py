@@ -18,7 +18,7 @@ submitted.
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +83,33 @@ def main() -> None:
     """Read the command line, measure every variant in a process of its own, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=4, help="rank of PowerSGD")
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--layers", type=int, nargs="+", default=[24, 96])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     records: list[dict[str, Any]] = []
-    for variant in VARIANTS:
-        figures = run_ranks(1, measure, variant, chosen.rank, chosen.layers)[0]
-        records.append({"variant": variant.label, "rank": chosen.rank, "layers": chosen.layers, **figures})
-        print(records[-1], flush=True)
+    for layers in chosen.layers:
+        for variant in VARIANTS:
+            figures = run_ranks(1, measure, variant, chosen.rank, layers)[0]
+            records.append({"variant": variant.label, "rank": chosen.rank, "layers": layers, **figures})
+            print(records[-1], flush=True)
     write_lines(chosen.out / "memory.jsonl", "memory", records)
-    rows = [[r["variant"], r["buckets"], f"{r['live']:.2f}", f"{r['peak']:.2f}"] for r in records]
-    table = markdown(["set-up", "buckets", "live between steps (bytes a parameter)", "peak in a step"], rows)
+    table = tables(records)["memory"]
     (chosen.out / "memory.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table)
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """One row a set-up, three columns a number of layers."""
+    sizes = list(dict.fromkeys(r["layers"] for r in records))
+    found = {(r["variant"], r["layers"]): r for r in records}
+    head = ["bytes a parameter"]
+    for layers in sizes:
+        head += [f"{layers} layers: buckets", "live between steps", "peak in a step"]
+    rows: list[list[str]] = []
+    for label in dict.fromkeys(r["variant"] for r in records):
+        mine = [found[label, layers] for layers in sizes]
+        rows.append([label, *(t for r in mine for t in (str(r["buckets"]), f"{r['live']:.2f}", f"{r['peak']:.2f}"))])
+    return {"memory": markdown(head, rows)}
 
 
 def measure(rank: int, variant: Variant, columns: int, layers: int) -> dict[str, float]:

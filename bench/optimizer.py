@@ -16,7 +16,7 @@ import argparse
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,15 @@ def main() -> None:
     times = [{"what": "time", **record} for record in timed(chosen.rounds, chosen.width, chosen.layers)]
     memory = [{"what": "memory", **record} for record in measured()]
     write_lines(chosen.out / "optimizer.jsonl", "optimizer", times + memory)
-    text = time_table(times) + "\n\n" + memory_table(memory) + "\n"
+    text = "\n\n".join(tables(times + memory).values()) + "\n"
     (chosen.out / "optimizer.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Both tables, by their marks."""
+    times, memory = ([r for r in records if r["what"] == what] for what in ("time", "memory"))
+    return {"optimizer-time": time_table(times), "optimizer-memory": memory_table(memory)}
 
 
 def timed(rounds: int, width: int, layers: int) -> list[dict[str, Any]]:
@@ -170,7 +176,7 @@ def train(name: str, residual: bool, kind: str) -> tuple[nn.Module, torch.optim.
     return model, optimizer
 
 
-def time_table(records: list[dict[str, Any]]) -> str:
+def time_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The figures of time as a table."""
     rows = [
         [r["optimizer"], f"{r['ns']:.2f}", f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"]
@@ -179,7 +185,7 @@ def time_table(records: list[dict[str, Any]]) -> str:
     return markdown(["optimizer", "ns a parameter", "of torch's foreach (quartiles)"], rows)
 
 
-def memory_table(records: list[dict[str, Any]]) -> str:
+def memory_table(records: Sequence[Mapping[str, Any]]) -> str:
     """The figures of memory as a table."""
     cells = {(r["optimizer"], r["residual"], r["model"]): f"{r['bytes']:.2f}" for r in records}
     columns = [(residual, model) for residual in (False, True) for model in ("matrices", "transformer")]

@@ -11,6 +11,7 @@ which is sent whole and should be exact to its dtype: the root mean square of th
 
 import argparse
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def main() -> None:
             records.append({"competitor": variant.who.label, "dtype": dtype, "rank": chosen.rank, **point})
             print(records[-1], flush=True)
     write_lines(chosen.out / "stability.jsonl", "stability", records)
-    table = markdown_table(records, marks)
+    table = tables(records)["stability"]
     (chosen.out / "stability.md").write_text(table + "\n", encoding="utf-8")
     print("\n" + table)
 
@@ -100,8 +101,9 @@ def run(rank: int, variant: Variant, columns: int, marks: list[int]) -> list[dic
     return points
 
 
-def markdown_table(records: list[dict[str, Any]], marks: list[int]) -> str:
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """One row a variant and figure, one column a mark."""
+    marks = list(dict.fromkeys(record["step"] for record in records))
     figures = {
         "weight_residual": "residual of the weight / gradient",
         "bias_residual": "residual of the bias / gradient",
@@ -113,7 +115,8 @@ def markdown_table(records: list[dict[str, Any]], marks: list[int]) -> str:
         for dtype, who in variants:
             points = [r[figure] for r in records if (r["dtype"], r["competitor"]) == (dtype, who)]
             rows.append([title, dtype, who, *(f"{point:.2g}" for point in points)])
-    return markdown(["figure", "gradients", "reducer", *(f"{mark:,} steps" for mark in marks)], rows)
+    head = ["figure", "gradients", "reducer", *(f"{mark:,} steps" for mark in marks)]
+    return {"stability": markdown(head, rows)}
 
 
 if __name__ == "__main__":

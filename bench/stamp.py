@@ -14,6 +14,8 @@ import torch
 import distopt
 
 ROOT = Path(__file__).parent.parent
+_NOT_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+"""By the names that JavaScript has for them."""
 
 
 def stamp() -> dict[str, Any]:
@@ -51,12 +53,27 @@ def write_lines(path: Path, bench: str, records: Iterable[Mapping[str, Any]]) ->
     path.write_text("".join(json.dumps(_plain({**record, **common})) + "\n" for record in records), encoding="utf-8")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Give the records that `write_lines` wrote, stamps included; numbers that are not finite are numbers again."""
+    return [_numbers(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(name for name, number in _NOT_FINITE.items() if value == number or name == "NaN")
+    return value
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -12,7 +12,9 @@ import argparse
 import collections
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.competitors import Competitor, Distopt, Torch
 from bench.robustness.cases import CASES, Case, Run
@@ -116,6 +118,12 @@ def how_it_failed(text: str) -> str:
     errors = re.findall(r"^(\w+(?:Error|Exception)): (.*)$", text, flags=re.MULTILINE)
     kind, message = errors[0] if errors else ("error", text.strip().splitlines()[-1])
     return f"{kind}: {message[:50]}{'...' if len(message) > 50 else ''}"
+
+
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The table of what was written, by its mark."""
+    fields = [field.name for field in dataclasses.fields(Result)]
+    return {"robustness": markdown_table([Result(**{name: record[name] for name in fields}) for record in records])}
 
 
 def markdown_table(results: list[Result]) -> str:

@@ -69,7 +69,8 @@ class Case:
     torch_options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
-SOUND = "gradients are finite, equal on all ranks, delivered or kept, and no layer starves"
+SOUND = "sound gradients"
+"""Finite, equal on all ranks, delivered or kept, and no layer starves."""
 
 
 def sound(accounts: list[dict[str, Any]]) -> Outcome:

@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench.sharding.nodes import Link, NodesError, run_on_two_nodes
-from bench.sharding.steps import NATIVE, WAYS, Size, measure
+from bench.lab.hosts import Link, refusing, run_on_hosts
+from bench.lab.ways import NATIVE
+from bench.sharding.steps import WAYS, Size, measure
 from bench.stamp import markdown, write_lines
 
 UNLIMITED = 0
+RANKS_A_NODE = 2
 
 
 def main() -> None:
@@ -50,13 +52,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "records"
-        try:
-            run_on_two_nodes(["bench.sharding", *sys.argv[1:], "--as-rank", str(found), "--"])
-        except NodesError as error:
-            sys.exit(str(error))
+        run_on_hosts(["bench.sharding", *sys.argv[1:], "--as-rank", str(found), "--"], ranks=RANKS_A_NODE)
         records = json.loads(found.read_text(encoding="utf-8"))
     write_lines(chosen.out / "sharding.jsonl", "sharding", records)
-    text = table(records)
+    text = tables(records)["sharding"]
     (chosen.out / "sharding.md").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
 
@@ -66,7 +65,7 @@ def _rank(chosen: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     size = Size(chosen.width, chosen.branches, chosen.rows, chosen.rounds)
-    link = Link(chosen.device, chief=dist.get_rank() % 2 == 0)
+    link = Link(chosen.device, chief=dist.get_rank() % RANKS_A_NODE == 0)
     names = list(WAYS)
     records = measure(link, [limit or None for limit in chosen.limits], [names[i] for i in chosen.ways], size)
     if dist.get_rank() == 0:
@@ -75,7 +74,7 @@ def _rank(chosen: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Medians, their ranges, and what they are beside torch's own."""
     rows: list[list[str]] = []
     for record in records:
@@ -95,8 +94,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             f"{statistics.median(record['reducing']):.2f}",
         ])  # fmt: skip
     head = ["network", "way", "seconds", "range", "beside native", "MB a node sent", "CPU s", "of it reducing"]
-    return markdown(head, rows)
+    return {"sharding": markdown(head, rows)}
 
 
 if __name__ == "__main__":
-    main()
+    refusing(main)

@@ -1,13 +1,10 @@
 """The bench of sharded steps, in a tiny setting without namespaces: what it counts, and what it says of it."""
 
 import os
-import subprocess
 
-import pytest
-
+from bench.lab.ways import NATIVE
 from bench.sharding import __main__ as bench
-from bench.sharding import nodes
-from bench.sharding.steps import NATIVE, WAYS, Size, measure
+from bench.sharding.steps import WAYS, Size, measure
 from tests.processes import run_ranks
 
 TINY = Size(width=32, branches=2, rows=1, rounds=2, warmup=0)
@@ -59,23 +56,9 @@ def test_a_way_is_compared_with_the_native_one_of_the_same_round_and_network():
         record(NATIVE, 100, [10.0, 20.0, 10.0]),
         record("ours", 100, [1.0, 1.0, 2.0]),
     ]
-    *_, last = bench.table(records).splitlines()
+    *_, last = bench.tables(records)["sharding"].splitlines()
     assert last == "| 100 Mbit/s | ours | 1.000 | 1.000 to 2.000 | 0.10 | 2.00 | 1.00 | 0.50 |"
 
 
 def test_the_ways_begin_with_the_native_one():
     assert next(iter(WAYS)) == NATIVE
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are root's")
-def test_two_nodes_leave_nothing_behind():
-    try:
-        with nodes.two_nodes() as (spaces, devices):
-            shown = ["ip", "-n", spaces[0], "addr", "show", devices[0]]
-            assert "10.77.0.1/24" in subprocess.run(shown, capture_output=True, text=True, check=True).stdout
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-        assert not any(space in listed for space in spaces)
-    except nodes.NodesError as error:
-        pytest.skip(str(error))
