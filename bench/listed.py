@@ -49,13 +49,13 @@ class Bench:
 
 
 BENCHES = (
-    Bench("lab", "bench.lab", ("--rounds", "3", "--workloads", "matrices", "gpt", "dalle", "--layouts", "replicated")),
-    Bench("sharding", "bench.sharding", ("--rounds", "5", "--limits", "1000", "100")),
+    Bench("lab", "bench.lab", ("--rounds", "3", "--workloads", "matrices", "dalle", "--layouts", "replicated")),
+    Bench("sharding", "bench.sharding", ("--rounds", "5", "--limits", "0", "1000", "100")),
     Bench("robustness", "bench.robustness", ("--repeats", "1", "--timeout", "10")),
     Bench("stability", "bench.stability", ("--steps", "1000")),
     Bench("low_rank_error", "bench.low_rank_error", ("--ranks", "4", "32")),
     Bench("memory", "bench.memory"),
     Bench("optimizer", "bench.optimizer", ("--rounds", "10")),
-    Bench("dalle_speed", "bench.dalle_speed", ("--sizes", "demo", "--rounds", "10")),
-    Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "300")),
+    Bench("dalle_speed", "bench.dalle_speed", ("--sizes", "demo", "--rounds", "8")),
+    Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "200")),
 )

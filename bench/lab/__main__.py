@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limits", type=int, nargs="+", default=limits, metavar="MBIT", help="0 for none")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--layouts", nargs="+", choices=RANKS_A_HOST, default=list(RANKS_A_HOST))
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each way, over each network")
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps of each way, over each network")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--ways", nargs="+", choices=(*REPLICATED, *SHARDED), metavar="WAY", help="by their labels")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))

@@ -32,11 +32,13 @@ class Job:
         self._labels = [label for label in (SHARDED if self._mesh else REPLICATED) if label in labels]
         self._rows = self._workload.rows or rows_for(self._workload)
         self._generator = torch.Generator().manual_seed(dist.get_rank())
+        torch.manual_seed(0)
+        self._weights = list(self._workload.build().parameters())
         self._facts = {
             "workload": workload,
             "layout": layout,
             "rows": self._rows,
-            "model_bytes": sum(p.numel() * p.element_size() for p in self._workload.build().parameters()),
+            "model_bytes": sum(p.numel() * p.element_size() for p in self._weights),
             "ring": dist.get_world_size() if self._mesh is None else self._mesh.size(0),
             "rings": 1 if self._mesh is None else self._mesh.size(1),
         }
@@ -60,7 +62,7 @@ class Job:
 
     def _way(self, label: str, group: dist.ProcessGroup | None) -> Way:
         if self._mesh is None:
-            return replicated(self._workload, label, group)
+            return replicated(self._workload, label, self._weights, group)
         return sharded(self._workload, label, self._mesh)
 
     def _draw(self) -> Batch:

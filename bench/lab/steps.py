@@ -84,6 +84,7 @@ def _step(way: Way, batch: Batch, network: Network) -> list[float]:
     seconds, computed = time.perf_counter() - started, _computed() - computed
     dist.barrier()  # whatever the slowest rank sends belongs to the step
     sent = network.sent() - sent
+    way.rest()
     mine = torch.tensor([seconds, computed, way.reducing(), sent, way.payload()], dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)

@@ -1,7 +1,7 @@
 """The ways of reducing gradients that are compared: each is one model at work, told apart by what it hands over."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -36,6 +36,10 @@ class Way(Protocol):
         """Forward and backward, gradients averaged."""
         ...
 
+    def rest(self) -> None:
+        """Let go of the gradients, so that other ways have room for theirs."""
+        ...
+
     def payload(self) -> float:
         """Bytes that this rank has handed to be averaged since the last call, one copy; 0 if that is not known."""
         ...
@@ -63,6 +67,10 @@ class Trained:
         self._model.zero_grad(set_to_none=True)
         self._loss(self._model(*batch)).backward()
         self._steps += 1
+
+    def rest(self) -> None:
+        """See `Way.rest`."""
+        self._model.zero_grad(set_to_none=True)
 
     def payload(self) -> float:
         """See `Way.payload`."""
@@ -149,16 +157,18 @@ OURS: Mapping[str, Reducer] = {
 }
 
 
-def replicated(workload: Workload, label: str, group: Group = None) -> Way:
+def replicated(workload: Workload, label: str, weights: Sequence[Tensor], group: Group = None) -> Way:
     """Make a way of the first layout: a whole model on each rank, in DDP. Collective.
 
     Args:
         workload: what is trained.
         label: out of `REPLICATED`.
+        weights: the parameters, which all ways share: no optimizer changes them.
         group: whose ranks average, all of them if None.
     """
-    torch.manual_seed(0)
     model = workload.build()
+    for parameter, shared in zip(model.parameters(), weights, strict=True):
+        parameter.data = shared.data
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if label.startswith("torch PowerSGD"):
         return TorchPowerSGD(workload, model, int(label.rpartition(" ")[2]))

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.lab import targets as aims
-from bench.lab.__main__ import tables
+from bench.lab.__main__ import pictures, tables
 from bench.lab.figures import Figures, floor_seconds, spread
 from bench.lab.ways import NOOP, PLAIN, powersgd
 
@@ -96,3 +96,13 @@ def test_tables_show_every_way_and_what_could_not_be_measured():
         == f"| {OURS} | 1.26 | 50 (50 to 50) | 200 (150 to 250) | 0 (0 to 0) | 200 (150 to 250) | 0 (0 to 0); 100 |"
     )
     assert "not measured" in absent
+
+
+def test_a_picture_is_drawn_of_what_there_is(tmp_path):
+    pictures([], tmp_path)
+    assert not list(tmp_path.iterdir())
+    records = [
+        record(way, [0.1, 0.2], megabits, payload=1e6) for megabits in (None, 100) for way in (NOOP, PLAIN, OURS)
+    ]
+    pictures(records, tmp_path)
+    assert (tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG")

@@ -45,9 +45,10 @@ def gradients(rank, layout):
     """Whole gradients after four steps, by way, as numbers."""
     os.environ["DISTOPT_SHARDS"] = "2"
     mesh = distopt.node_mesh() if layout == "sharded" else None
+    weights = list(TINY.build().parameters())
     found = {}
     for label in SHARDED if mesh else REPLICATED:
-        way = sharded(TINY, label, mesh) if mesh else replicated(TINY, label)
+        way = sharded(TINY, label, mesh) if mesh else replicated(TINY, label, weights)
         generator = torch.Generator().manual_seed(rank)
         for _ in range(4):
             way.step(TINY.draw(2, generator))
