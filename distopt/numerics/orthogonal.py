@@ -3,6 +3,8 @@
 Symbols: P is ``(..., n, r)``, tall and thin; e is the multiple of the identity, relative to P's largest column.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def unit_size(matrix: Tensor) -> Tensor:
         >>> unit_size(torch.tensor([[4e30], [-2e30]])).flatten().tolist()
         [1.0, -0.5]
     """
-    size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    size = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
     return matrix / torch.where(size > 0, size, 1)
 
 
@@ -80,12 +82,13 @@ def normalize_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> alive.tolist()
         [True, False, True]
     """
-    scaled = unit_size(matrix)
-    norms = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
-    long = norms > DEAD_NORM * norms.amax(dim=-1, keepdim=True)
-    unit = torch.where(long, scaled / torch.where(long, norms, 1), 0)
+    unit = unit_size(matrix)
     wide = unit.double()
-    shift = 0.01 * DEAD_SINE**2 * torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    factor, _ = torch.linalg.cholesky_ex(wide.mT @ wide + shift)
+    gram = wide.mT @ wide
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    long = norms > DEAD_NORM * norms.amax(dim=-1, keepdim=True)
+    inverse = torch.where(long, 1 / norms, 0)
+    gram.mul_(inverse[..., None]).mul_(inverse[..., None, :]).diagonal(dim1=-2, dim2=-1).add_(0.01 * DEAD_SINE**2)
+    factor, _ = torch.linalg.cholesky_ex(gram)
     alive = factor.diagonal(dim1=-2, dim2=-1) > DEAD_SINE
-    return torch.where(alive[..., None, :], unit, 0), alive
+    return unit.mul_((inverse * alive).to(unit.dtype)[..., None, :]), alive

@@ -62,15 +62,9 @@ class Matrix:
         rows = self.slot.parameter.shape[0] // self.slices
         return tensor[self.index * rows : (self.index + 1) * rows]
 
-    def oriented(self, tensor: Tensor) -> Tensor:
-        """The slice as a matrix with its smaller side first: a view wherever the memory is contiguous."""
-        matrix = self.part(tensor).reshape(self.shape)
-        return matrix if self.shape[0] <= self.shape[1] else matrix.mT
-
-    def write(self, matrix: Tensor, tensor: Tensor) -> None:
-        """The way back: an oriented matrix into the slice of a tensor."""
-        part = self.part(tensor)
-        part.copy_((matrix if self.shape[0] <= self.shape[1] else matrix.mT).reshape(part.shape))
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The slice as a matrix in the parameter's own order: a view wherever the memory allows."""
+        return self.part(tensor).reshape(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,7 +73,10 @@ class Matrix:
 
 
 class Layout:
-    """Where the factors of many matrices lie in one payload: those of one shape side by side.
+    """Where the factors of many matrices lie in one payload: transposed, those of one shape side by side.
+
+    Transposed, because a column of a factor is then one piece of memory: products with few columns are several times
+    as fast, and LAPACK need not turn anything.
 
     Args:
         matrices: sorted by `Layout.order`.
@@ -100,14 +97,14 @@ class Layout:
         return sum(math.prod(shape) for shape in self._shapes(side))
 
     def stacks(self, payload: Tensor, side: str) -> list[Tensor]:
-        """The payload as one ``(k, rows, rank)`` view for each group of ``k`` matrices of one shape."""
+        """The payload as one ``(k, rank, rows)`` view for each group of ``k`` matrices of one shape."""
         shapes = self._shapes(side)
         parts = payload.split([math.prod(shape) for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def views(self, payload: Tensor, side: str) -> list[Tensor]:
-        """The payload as one ``(rows, rank)`` view a matrix."""
-        return [factor for stack in self.stacks(payload, side) for factor in stack]
+        """The payload as one ``(rank, rows)`` view a matrix."""
+        return [factor for stack in self.stacks(payload, side) for factor in stack.unbind()]
 
     def _shapes(self, side: str) -> list[tuple[int, int, int]]:
-        return [(count, left if side == "left" else right, rank) for left, right, rank, count in self._groups]
+        return [(count, rank, left if side == "left" else right) for left, right, rank, count in self._groups]

@@ -84,6 +84,14 @@ class Memory:
             return torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
         return unpack(residual, dtype) + gradient
 
+    def room(self, slot: Slot, gradient: Tensor, state: State) -> Tensor:
+        """Where the new residual may be written: over the old one, if that is kept in the working dtype."""
+        residual = state.residuals.get(slot.name)
+        dtype = working_dtype(slot)
+        if isinstance(residual, Tensor) and residual.dtype == dtype and residual.is_contiguous():
+            return residual
+        return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+
     def keep(self, slot: Slot, residual: Tensor, state: State) -> None:
         """Remember what was not sent."""
         state.residuals[slot.name] = pack(residual, self.dtype, self.seed, slot.name, state.step)

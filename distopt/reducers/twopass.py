@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distopt.comm.requests import Request
 from distopt.numerics.orthogonal import normalize_columns, orthogonalize
-from distopt.reducers.lowrank import Factors, LowRankPlan
+from distopt.reducers.lowrank import Factorised, Factors, LowRankPlan
 from distopt.reducers.matrix import Matrix
+from distopt.reducers.operand import Operand
 from distopt.reducers.reducer import State
 
 
@@ -19,29 +20,33 @@ class TwoPassPlan(LowRankPlan):
     """P = M Q, orthonormalised, then Q = Mᵀ P; both averaged."""
 
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
-    ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
+        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+    ) -> Generator[Request, Tensor, Factorised | None]:
         """See `LowRankPlan.factorise`."""
         layout = self.layout(state)
         before = [self._start(matrix, state) for matrix in self.matrices]
-        payload = inputs[0].new_empty(layout.numel("left"))
-        for m, q, p in zip(inputs, before, layout.views(payload, "left"), strict=True):
-            torch.mm(m, q, out=p)
+        # Side by side, as the last bits of a product depend on where its operands lie: those of a resumed run, too.
+        bases = layout.views(torch.cat([q.mT.reshape(-1) for q in before]), "right")
+        payload = self.payload(inputs, layout.numel("left"))
+        for operand, q, p in zip(inputs, bases, layout.views(payload, "left"), strict=True):
+            operand.times_right(q, p)
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
         whole, sent = shared
 
-        lefts = [p for stack in layout.stacks(sent.average, "left") for p in orthogonalize(stack)]
-        payload = payload.new_empty(layout.numel("right"))
-        for m, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
-            torch.mm(m.mT, p, out=q)
+        lefts = [p for stack in layout.stacks(sent.average, "left") for p in orthogonalize(stack.mT).mT.unbind()]
+        payload = self.payload(inputs, layout.numel("right"))
+        for operand, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
+            operand.times_left(p, q)
         shared = yield from self.share([], payload, state, 1)
         if shared is None:
             return None
         rights, own = (layout.views(flat, "right") for flat in shared[1])
-        following = self._following(layout.stacks(shared[1].average, "right"), before, state)
-        return whole, [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
+        stacks = [stack.mT for stack in layout.stacks(shared[1].average, "right")]
+        following = self._following(stacks, before, state)
+        factors = [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
+        return Factorised(whole, factors, "right", shared[1].average)
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""
