@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.comm.requests import Request
-from distopt.numerics.orthogonal import normalize_columns, orthogonalize
+from distopt.numerics.orthogonal import orthogonalize
 from distopt.reducers.lowrank import Factorised, Factors, LowRankPlan
 from distopt.reducers.matrix import Matrix
 from distopt.reducers.operand import Operand
@@ -32,8 +32,8 @@ class AlternatingPlan(LowRankPlan):
         layout, even = self.layout(state), state.step % 2 == 0
         side, other = ("left", "right") if even else ("right", "left")
         kept = [self._kept(matrix, state) for matrix in self.matrices]
-        flat = torch.cat([(q if even else p).mT.reshape(-1) for p, q in kept])
-        bases = [basis for stack in layout.stacks(flat, other) for basis in orthogonalize(stack.mT).mT.unbind()]
+        flat = layout.gather([q if even else p for p, q in kept], other)
+        bases = layout.each([orthogonalize(stack.mT).mT for stack in layout.stacks(flat, other)], other)
         payload = self.payload(inputs, layout.numel(side))
         for operand, basis, factor in zip(inputs, bases, layout.views(payload, side), strict=True):
             (operand.times_right if even else operand.times_left)(basis, factor)
@@ -43,12 +43,9 @@ class AlternatingPlan(LowRankPlan):
         whole, sent = shared
         averages, own = (layout.views(flat, side) for flat in sent)
         stacks = [stack.mT for stack in layout.stacks(sent.average, side)]
-        units = [pair for stack in stacks for pair in zip(*normalize_columns(stack), strict=True)]
+        renewed = self.renew(layout, side, stacks, [p if even else q for p, q in kept], state.step)
         factors: list[Factors] = []
-        for matrix, (p, q), basis, average, mine, unit in zip(
-            self.matrices, kept, bases, averages, own, units, strict=True
-        ):
-            new = self.renew(matrix, p if even else q, *unit, step=state.step)
+        for (p, q), basis, average, mine, new in zip(kept, bases, averages, own, renewed, strict=True):
             following = torch.cat([new, q] if even else [p, new])
             pairs = (average, basis, mine, basis) if even else (basis, average, basis, mine)
             factors.append(Factors(*pairs, following))

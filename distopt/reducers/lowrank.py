@@ -17,7 +17,7 @@ from distopt.comm.requests import Request
 from distopt.numerics.codecs import FloatCodec, PlainCodec
 from distopt.numerics.finite import all_finite
 from distopt.numerics.gaussian import seeded_gaussian
-from distopt.numerics.orthogonal import normalize_columns
+from distopt.numerics.orthogonal import normalize_columns, normalize_stacks
 from distopt.numerics.storage import StorageDtype, pack, unpack
 from distopt.reducers.allreduce import split_into
 from distopt.reducers.coded import Coded, Sent, coded_average
@@ -72,7 +72,7 @@ class LowRankPlan(Plan):
     def __init__(
         self, slots: Sequence[Slot], matrices: Sequence[Sequence[Matrix]], settings: LowRankSettings, place: Place
     ) -> None:
-        self.matrices = sorted((m for of_slot in matrices for m in of_slot), key=Layout.order)
+        self.matrices = [m for of_slot in matrices for m in of_slot]
         self.settings = settings
         self._place = place
         self._chosen = [i for i, of_slot in enumerate(matrices) if of_slot]
@@ -82,6 +82,8 @@ class LowRankPlan(Plan):
         self._optional = any(slot.optional for slot in self._slots)
         self._places = [[i for i, m in enumerate(self.matrices) if m.slot is slot] for slot in self._slots]
         self._fixed: dict[str, Tensor] = {}
+        self._most = tuple(matrix.rank for matrix in self.matrices)
+        self._raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     @abc.abstractmethod
@@ -169,7 +171,7 @@ class LowRankPlan(Plan):
 
     def layout(self, state: State) -> Layout:
         """Where the factors of this step lie."""
-        ranks = tuple(self._rank(matrix, state) for matrix in self.matrices)
+        ranks = self._most if self.settings.energy is None else tuple(self._rank(m, state) for m in self.matrices)
         if ranks not in self._layouts:
             self._layouts[ranks] = Layout(self.matrices, ranks)
         return self._layouts[ranks]
@@ -181,6 +183,8 @@ class LowRankPlan(Plan):
             return None
         factor = unpack(stored, matrix.dtype)
         rank = self._rank(matrix, state)
+        if factor.shape == (rows, rank):
+            return factor
         if factor.shape[0] != rows:  # another reducer's, which passed this way
             return None
         if factor.shape[1] >= rank:
@@ -192,13 +196,30 @@ class LowRankPlan(Plan):
         gaussian = seeded_gaussian(rows, rank, self.settings.seed, matrix.key, *key)
         return normalize_columns(gaussian.to(matrix.slot.parameter.device, matrix.dtype))[0]
 
-    def renew(self, matrix: Matrix, old: Tensor, unit: Tensor, alive: Tensor, step: int) -> Tensor:
-        """A factor for the next step: dead columns drawn anew; a gradient of zero leaves it alone."""
-        if bool(alive.all()):
-            return unit
-        if not bool(alive.any()):
-            return old
-        return torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
+    def renew(
+        self, layout: Layout, side: str, stacks: Sequence[Tensor], old: Sequence[Tensor], step: int
+    ) -> list[Tensor]:
+        """Factors for the next step: columns of length 1, dead ones drawn anew; a gradient of zero leaves ``old``.
+
+        Args:
+            layout: of this step.
+            side: which factors.
+            stacks: as `Layout.stacks` gives them, turned back: ``(k, rows, rank)``.
+            old: what this step started from, one a matrix.
+            step: its number.
+        """
+        units, living = zip(*normalize_stacks(stacks), strict=True)
+        factors = layout.each(units, side)
+        if bool(torch.cat([alive.reshape(-1) for alive in living]).all()):
+            return factors
+        renewed: list[Tensor] = []
+        for matrix, before, unit, alive in zip(self.matrices, old, factors, layout.each(living, side), strict=True):
+            if not bool(alive.any()):
+                unit = before
+            elif not bool(alive.all()):
+                unit = torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
+            renewed.append(unit)
+        return renewed
 
     def share(
         self, extra: Sequence[Tensor], factors: Tensor, state: State, phase: int
@@ -226,8 +247,7 @@ class LowRankPlan(Plan):
         return matrix.rank if energy is None else min(matrix.rank, energy.rank(state.factors.get(matrix.key)))
 
     def _bytes(self, state: State) -> tuple[int, int]:
-        raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
-        return raw, sum(self._sent_bytes(matrix, state) for matrix in self.matrices)
+        return self._raw, sum(self._sent_bytes(matrix, state) for matrix in self.matrices)
 
     def _sent_bytes(self, matrix: Matrix, state: State) -> int:
         dtype = self.settings.wire_dtype or matrix.dtype
@@ -268,9 +288,9 @@ class LowRankPlan(Plan):
     def _norms(self, outcome: Factorised, state: State) -> dict[str, Tensor]:
         """Norms of P Qᵀ by parameter name: those of the factor that came last, as the other is orthonormal."""
         stacks = self.layout(state).stacks(outcome.last, outcome.side)
-        each = [norm for stack in stacks for norm in torch.linalg.vector_norm(stack, dim=(1, 2)).unbind()]
+        each = [torch.linalg.vector_norm(stack, dim=(1, 2)) for stack in stacks]
         norms: dict[str, Tensor] = {}
-        for matrix, norm in zip(self.matrices, each, strict=True):
+        for matrix, norm in zip(self.matrices, self.layout(state).each(each, outcome.side), strict=True):
             name = matrix.slot.name
             norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
         return norms

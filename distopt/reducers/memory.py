@@ -9,10 +9,12 @@ from torch import Tensor
 from distopt.numerics.storage import Packed, StorageDtype, Stored, pack, unpack
 from distopt.reducers.reducer import Slot, State
 
+_WORKING = {torch.float64: torch.float64, torch.complex64: torch.complex64, torch.complex128: torch.complex128}
+
 
 def working_dtype(slot: Slot) -> torch.dtype:
     """What a gradient is compressed in: float64 for float64 gradients, else float32."""
-    return torch.promote_types(slot.parameter.dtype, torch.float32)
+    return _WORKING.get(slot.parameter.dtype, torch.float32)
 
 
 def is_compressible(slot: Slot) -> bool:

@@ -5,6 +5,7 @@ its residual is added and the sum multiplied; what was sent is taken off it and 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,9 +33,9 @@ class Operand:
         self.matrix = matrix
         self._whole = gradient
         self._rows = matrix.rows(gradient)
-        self._in_place = self._rows.dtype == matrix.dtype and _shares(self._rows, gradient)
+        self._is_view = _shares(self._rows, gradient)
+        self._in_place = self._is_view and self._rows.dtype == matrix.dtype
         self._residual = None if residual is None else _rows_of(matrix, residual)
-        self._tall = matrix.shape[0] > matrix.shape[1]
         self._blocks = _blocks(self._rows)
 
     @property
@@ -44,11 +45,11 @@ class Operand:
 
     def times_right(self, right: Tensor, out: Tensor) -> None:
         """P = M Q, transposed: ``right`` is Qᵀ, ``(r, m)``, and ``out`` is for Pᵀ, ``(r, n)``."""
-        self._multiply(right, out, self._tall)
+        self._multiply(right, out, self.matrix.tall)
 
     def times_left(self, left: Tensor, out: Tensor) -> None:
         """Q = Mᵀ P, transposed: ``left`` is Pᵀ, ``(r, n)``, and ``out`` is for Qᵀ, ``(r, m)``."""
-        self._multiply(left, out, not self._tall)
+        self._multiply(left, out, not self.matrix.tall)
 
     def settle(self, left: Tensor, right: Tensor, own_left: Tensor, own_right: Tensor, room: Tensor) -> None:
         """Write P Qᵀ, the average, into the gradient, and what this rank has not sent into ``room``.
@@ -60,20 +61,20 @@ class Operand:
             own_right: what it put into ``right``.
             room: in the parameter's shape and the working dtype, contiguous; it may be the residual itself.
         """
-        first, second = (right.mT, left) if self._tall else (left.mT, right)
-        own_first, own_second = (own_right.mT, own_left) if self._tall else (own_left.mT, own_right)
+        first, second = (right.mT, left) if self.matrix.tall else (left.mT, right)
+        own_first, own_second = (own_right.mT, own_left) if self.matrix.tall else (own_left.mT, own_right)
         errors = self.matrix.rows(room)
         for here in self._blocks:
-            target, error = self._rows[here], errors[here]
-            torch.addmm(self._sum(here), own_first[here], own_second, alpha=-1, out=error)
+            target, error = _cut(self._rows, here), _cut(errors, here)
+            torch.addmm(self._sum(here), _cut(own_first, here), own_second, alpha=-1, out=error)
             if self._in_place:
-                torch.mm(first[here], second, out=target)
+                torch.mm(_cut(first, here), second, out=target)
                 continue
-            average = first[here] @ second
+            average = _cut(first, here) @ second
             target.copy_(average)
             if target.dtype != average.dtype:
                 error.add_(average.sub_(target))
-        if not _shares(self._rows, self._whole):
+        if not self._is_view:
             part = self.matrix.part(self._whole)
             part.copy_(self._rows.view(part.shape))
 
@@ -86,22 +87,24 @@ class Operand:
         """``factor`` times the rows, which sums over them, or times their transposes."""
         for i, here in enumerate(self._blocks):
             block = self._sum(here)
-            if summing:
+            if here is None:
+                torch.mm(factor, block if summing else block.mT, out=out)
+            elif summing:
                 out.addmm_(factor[:, here], block, beta=1 if i else 0)
             else:
                 torch.mm(factor, block.mT, out=out[:, here])
         if self._in_place:
             self._residual = None
 
-    def _sum(self, here: slice) -> Tensor:
+    def _sum(self, here: slice | None) -> Tensor:
         """Some rows of M; from then on in the gradient's own memory, if that has the working dtype."""
-        rows, residual = self._rows[here], self._residual
+        rows, residual = _cut(self._rows, here), self._residual
         if residual is None:
             return rows.to(self.matrix.dtype)
         if isinstance(residual, Packed):
-            more = unpack(residual._replace(codes=residual.codes[here]), self.matrix.dtype)
+            more = unpack(residual._replace(codes=_cut(residual.codes, here)), self.matrix.dtype)
         else:
-            more = residual[here].to(self.matrix.dtype)
+            more = _cut(residual, here).to(self.matrix.dtype)
         return rows.add_(more) if self._in_place else more + rows
 
 
@@ -111,9 +114,20 @@ def _rows_of(matrix: Matrix, residual: Stored) -> Stored:
     return matrix.rows(residual)
 
 
-def _blocks(rows: Tensor) -> list[slice]:
-    step = len(rows) if rows.device.type != "cpu" else max(1, BLOCK // rows.shape[1])
-    return [slice(begin, begin + step) for begin in range(0, len(rows), step)]
+def _blocks(rows: Tensor) -> Sequence[slice | None]:
+    """Which rows to take at a time; ``None`` for all of them."""
+    count, columns = rows.shape
+    step = max(1, BLOCK // columns)
+    if step >= count or rows.device.type != "cpu":
+        return _ALL
+    return [slice(begin, begin + step) for begin in range(0, count, step)]
+
+
+_ALL = (None,)
+
+
+def _cut(tensor: Tensor, here: slice | None) -> Tensor:
+    return tensor if here is None else tensor[here]
 
 
 def _shares(rows: Tensor, tensor: Tensor) -> bool:
