@@ -151,9 +151,9 @@ def ours(shapes: Shapes, bucket: Tensor, rank: int, passes: str = "both") -> Cal
     ]
     plan, state = PowerSGD(rank, passes=passes).plan(slots, Place()), State()
     segments = bucket.split([math.prod(shape) for shape in shapes])
+    gradients = [segment.view(shape) for segment, shape in zip(segments, shapes, strict=True)]
 
     def step() -> None:
-        gradients = [segment.view(shape) for segment, shape in zip(segments, shapes, strict=True)]
         transaction = Transaction(_Alone())  # pyright: ignore[reportArgumentType]
         transaction.propose(plan.reduce(Bucket(gradients, segments, bucket), state))
         assert transaction.sound

@@ -33,7 +33,7 @@ def unit_size(matrix: Tensor) -> Tensor:
         >>> unit_size(torch.tensor([[4e30], [-2e30]])).flatten().tolist()
         [1.0, -0.5]
     """
-    size = torch.linalg.vector_norm(matrix, math.inf, dim=(-2, -1), keepdim=True)
+    size = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     return matrix / torch.where(size > 0, size, 1)
 
 

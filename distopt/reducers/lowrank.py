@@ -114,7 +114,7 @@ class LowRankPlan(Plan):
         residuals = state.residuals
         inputs = [Operand(m, gradients[m.slot.name], residuals.get(m.slot.name)) for m in self.matrices]
         first = self.matrices[0].dtype
-        extra = [segment.to(first) for segment in segments]
+        extra = [segment if segment.dtype == first else segment.to(first) for segment in segments]
         if present:
             extra.append(torch.tensor(present, dtype=first, device=inputs[0].device))
         outcome = yield from self.factorise(inputs, extra, state)
@@ -278,7 +278,7 @@ class LowRankPlan(Plan):
     def _overflow(self, outcome: Factorised) -> bool:
         """Whether any P Qᵀ has an element beyond the range of its gradient. Alike on all ranks, as both factors are."""
         columns = max(factors.left.shape[0] for factors in outcome.factors)
-        largest = float(torch.linalg.vector_norm(outcome.last, math.inf))
+        largest = float(outcome.last.abs().amax())
         dtypes = [matrix.slot.parameter.dtype for matrix in self.matrices]
         if largest * columns * 2 < min(torch.finfo(dtype).max for dtype in set(dtypes)):
             return False

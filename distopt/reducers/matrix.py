@@ -69,6 +69,8 @@ class Matrix:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The slice as a matrix in the parameter's own order: a view wherever the memory allows."""
+        if self.slices == 1 and tensor.shape == self.shape:
+            return tensor
         return self.part(tensor).reshape(self.shape)
 
     @functools.cached_property
@@ -105,7 +107,7 @@ class Layout:
     def stacks(self, payload: Tensor, side: str) -> list[Tensor]:
         """The payload as one ``(k, rank, rows)`` view for each group of ``k`` factors of one shape."""
         places = self._sides[side]
-        return [part.view(shape) for part, shape in zip(payload.split(places.sizes), places.shapes, strict=True)]
+        return [part.view(shape) for part, shape in zip(payload.split_with_sizes(places.sizes), places.shapes, strict=True)]
 
     def each(self, stacks: Sequence[Tensor], side: str) -> list[Tensor]:
         """What `stacks` gave, or what was made of each of them, by matrix."""

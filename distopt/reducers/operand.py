@@ -100,7 +100,7 @@ class Operand:
         """Some rows of M; from then on in the gradient's own memory, if that has the working dtype."""
         rows, residual = _cut(self._rows, here), self._residual
         if residual is None:
-            return rows.to(self.matrix.dtype)
+            return rows if self._in_place else rows.to(self.matrix.dtype)
         if isinstance(residual, Packed):
             more = unpack(residual._replace(codes=_cut(residual.codes, here)), self.matrix.dtype)
         else:
@@ -132,4 +132,4 @@ def _cut(tensor: Tensor, here: slice | None) -> Tensor:
 
 def _shares(rows: Tensor, tensor: Tensor) -> bool:
     """Whether the rows are a view of the tensor's own memory."""
-    return rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return rows is tensor or rows.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
