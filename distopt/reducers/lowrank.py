@@ -267,13 +267,14 @@ class LowRankPlan(Plan):
         room = self.settings.memory.room(slot, gradient, state)
         for operand, factors in own:
             operand.settle(factors.left, factors.right, factors.own_left, factors.own_right, room)
-            if factors.next is not None:
-                state.factors[operand.matrix.key] = pack(factors.next, self.settings.factor_dtype)
         if gradient_norm is not None and state.figures is not None:
             raw = slot.parameter.numel() * slot.parameter.element_size()
             sent = sum(self._sent_bytes(operand.matrix, state) for operand, _ in own)
             state.figures[slot.name] = Figures(gradient_norm, input_norm, _norm(room), raw, sent)
         self.settings.memory.keep(slot, room, state)
+        for operand, factors in own:
+            if factors.next is not None:
+                state.factors[operand.matrix.key] = pack(factors.next, self.settings.factor_dtype)
 
     def _overflow(self, outcome: Factorised) -> bool:
         """Whether any P Qᵀ has an element beyond the range of its gradient. Alike on all ranks, as both factors are."""
