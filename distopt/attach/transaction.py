@@ -71,7 +71,7 @@ class Transaction:
 
 def _labelled(name: str) -> contextlib.AbstractContextManager[object]:
     """A label for the profiler, which costs some microseconds even where there is none."""
-    return record_function(name) if torch.autograd._profiler_enabled() else _NOTHING  # pyright: ignore
+    return record_function(name) if torch.autograd.profiler._is_profiler_enabled else _NOTHING  # pyright: ignore
 
 
 _NOTHING = contextlib.nullcontext()
