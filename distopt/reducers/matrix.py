@@ -107,7 +107,9 @@ class Layout:
     def stacks(self, payload: Tensor, side: str) -> list[Tensor]:
         """The payload as one ``(k, rank, rows)`` view for each group of ``k`` factors of one shape."""
         places = self._sides[side]
-        return [part.view(shape) for part, shape in zip(payload.split_with_sizes(places.sizes), places.shapes, strict=True)]
+        return [
+            part.view(shape) for part, shape in zip(payload.split_with_sizes(places.sizes), places.shapes, strict=True)
+        ]
 
     def each(self, stacks: Sequence[Tensor], side: str) -> list[Tensor]:
         """What `stacks` gave, or what was made of each of them, by matrix."""
