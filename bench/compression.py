@@ -5,9 +5,9 @@
 
 One process, one thread, a group of one rank whose collectives cost nothing: what is left is the work. All gradients of
 a model lie in one bucket, and every way of compressing them takes one step in turn, for many rounds. Given are medians
-with quartiles of the processor time, of its ratio to torch's hook in the same round, and how fast the gradient's memory is gone
-through: five times its bytes (the least that PowerSGD with error feedback can read and write; four times where one
-factor travels a step), as a fraction of what copying an array takes on the same machine in the same run.
+with quartiles of the processor time, of its ratio to torch's hook in the same round, and how fast the gradient's memory
+is gone through: five times its bytes (the least that PowerSGD with error feedback can read and write; four times where
+one factor travels a step), as a fraction of what copying an array takes on the same machine in the same run.
 
 - ``both`` and ``alternate``: `distopt.PowerSGD`, driven as a trainer's step drives it, its checks included;
 - ``torch`` and ``torch batched``: ``powerSGD_hook``, its futures complete at once; the latter with
@@ -168,7 +168,8 @@ class _GradBucket:
 
     def __init__(self, shapes: Shapes, bucket: Tensor) -> None:
         self._flat = bucket
-        self._views = [s.view(shape) for s, shape in zip(bucket.split([*map(math.prod, shapes)]), shapes, strict=True)]
+        segments = bucket.split([math.prod(shape) for shape in shapes])
+        self._views = [segment.view(shape) for segment, shape in zip(segments, shapes, strict=True)]
 
     def buffer(self) -> Tensor:
         """All gradients, flat."""
