@@ -3,6 +3,9 @@
 Symbols: P is ``(..., n, r)``, tall and thin; e is the multiple of the identity, relative to P's largest column.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -80,12 +83,43 @@ def normalize_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> alive.tolist()
         [True, False, True]
     """
-    scaled = unit_size(matrix)
-    norms = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True)
+    return normalize_stacks([matrix])[0]
+
+
+def normalize_stacks(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """`normalize_columns` of many stacks of matrices at once, which looks at all matrices of one rank together.
+
+    Args:
+        stacks: ``(..., k, n, r)`` each, float32 or float64. They are not changed.
+
+    Returns:
+        What `normalize_columns` returns, for each of them.
+
+    Example:
+        >>> [alive.tolist() for _, alive in normalize_stacks([torch.ones(1, 2, 1), torch.ones(1, 3, 2)])]
+        [[[True]], [[True, False]]]
+    """
+    units = [unit_size(stack) for stack in stacks]
+    grams = [wide.mT @ wide for wide in (unit.double() for unit in units)]
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for rank in sorted({stack.shape[-1] for stack in stacks}):
+        places = [i for i, stack in enumerate(stacks) if stack.shape[-1] == rank]
+        inverse, alive = _inverse_lengths(torch.cat([grams[i].reshape(-1, rank, rank) for i in places]))
+        inverse = inverse.to(stacks[places[0]].dtype)
+        counts = [math.prod(stacks[i].shape[:-2]) for i in places]
+        for i, scale, living in zip(places, inverse.split(counts), alive.split(counts), strict=True):
+            shape = (*stacks[i].shape[:-2], rank)
+            results[i] = units[i].mul_(scale.view(shape)[..., None, :]), living.view(shape)
+    return [results[i] for i in range(len(stacks))]
+
+
+def _inverse_lengths(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """What to multiply columns by, given their inner products ``(k, r, r)``: 0 for the dead ones; and which live."""
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     long = norms > DEAD_NORM * norms.amax(dim=-1, keepdim=True)
-    unit = torch.where(long, scaled / torch.where(long, norms, 1), 0)
-    wide = unit.double()
-    shift = 0.01 * DEAD_SINE**2 * torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    factor, _ = torch.linalg.cholesky_ex(wide.mT @ wide + shift)
+    inverse = torch.where(long, 1 / norms, 0)
+    cosines = inverse[..., None] * gram * inverse[..., None, :]
+    cosines.diagonal(dim1=-2, dim2=-1).add_(0.01 * DEAD_SINE**2)
+    factor, _ = torch.linalg.cholesky_ex(cosines)
     alive = factor.diagonal(dim1=-2, dim2=-1) > DEAD_SINE
-    return torch.where(alive[..., None, :], unit, 0), alive
+    return inverse * alive, alive

@@ -120,7 +120,7 @@ def unpack(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
         [0.5, -1.0]
     """
     if isinstance(stored, Tensor):
-        return stored.to(dtype)
+        return stored if stored.dtype == dtype else stored.to(dtype)
     scale = 2.0**stored.exponent
     if stored.codes.dtype == torch.float16:
         return stored.codes.to(dtype).mul_(scale)

@@ -59,5 +59,6 @@ class AllReducePlan(Plan):
 
 def split_into(segments: Sequence[Tensor], flat: Tensor) -> None:
     """Copy consecutive pieces of ``flat`` to ``segments``."""
-    for segment, piece in zip(segments, flat.split([s.numel() for s in segments]), strict=True):
-        segment.copy_(piece)
+    if segments:
+        pieces = flat.split_with_sizes([segment.numel() for segment in segments])
+        torch._foreach_copy_(list(segments), pieces)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from distopt.comm.requests import Request
-from distopt.numerics.orthogonal import normalize_columns, orthogonalize
-from distopt.reducers.lowrank import Factors, LowRankPlan
+from distopt.numerics.orthogonal import orthogonalize
+from distopt.reducers.lowrank import Factorised, Factors, LowRankPlan
 from distopt.reducers.matrix import Matrix
+from distopt.reducers.operand import Operand
 from distopt.reducers.reducer import State
 
 
@@ -25,32 +26,30 @@ class AlternatingPlan(LowRankPlan):
     """
 
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
-    ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
+        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+    ) -> Generator[Request, Tensor, Factorised | None]:
         """See `LowRankPlan.factorise`."""
         layout, even = self.layout(state), state.step % 2 == 0
         side, other = ("left", "right") if even else ("right", "left")
         kept = [self._kept(matrix, state) for matrix in self.matrices]
-        bases = torch.cat([(q if even else p).flatten() for p, q in kept])
-        bases = [basis for stack in layout.stacks(bases, other) for basis in orthogonalize(stack)]
-        payload = inputs[0].new_empty(layout.numel(side))
-        for m, basis, factor in zip(inputs, bases, layout.views(payload, side), strict=True):
-            torch.mm(m if even else m.mT, basis, out=factor)
+        flat = layout.gather([q if even else p for p, q in kept], other)
+        bases = layout.each([orthogonalize(stack.mT).mT for stack in layout.stacks(flat, other)], other)
+        payload = self.payload(inputs, layout.numel(side))
+        for operand, basis, factor in zip(inputs, bases, layout.views(payload, side), strict=True):
+            (operand.times_right if even else operand.times_left)(basis, factor)
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
         whole, sent = shared
         averages, own = (layout.views(flat, side) for flat in sent)
-        units = [pair for s in layout.stacks(sent.average, side) for pair in zip(*normalize_columns(s), strict=True)]
+        stacks = [stack.mT for stack in layout.stacks(sent.average, side)]
+        renewed = self.renew(layout, side, stacks, [p if even else q for p, q in kept], state.step)
         factors: list[Factors] = []
-        for matrix, (p, q), basis, average, mine, unit in zip(
-            self.matrices, kept, bases, averages, own, units, strict=True
-        ):
-            new = self.renew(matrix, p if even else q, *unit, step=state.step)
+        for (p, q), basis, average, mine, new in zip(kept, bases, averages, own, renewed, strict=True):
             following = torch.cat([new, q] if even else [p, new])
             pairs = (average, basis, mine, basis) if even else (basis, average, basis, mine)
             factors.append(Factors(*pairs, following))
-        return whole, factors
+        return Factorised(whole, factors, side, sent.average)
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""

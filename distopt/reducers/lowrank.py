@@ -6,6 +6,7 @@ find. Symbols as in `distopt.numerics.reference`.
 
 import abc
 import dataclasses
+import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,24 +17,34 @@ from distopt.comm.requests import Request
 from distopt.numerics.codecs import FloatCodec, PlainCodec
 from distopt.numerics.finite import all_finite
 from distopt.numerics.gaussian import seeded_gaussian
-from distopt.numerics.orthogonal import normalize_columns
+from distopt.numerics.orthogonal import normalize_columns, normalize_stacks
 from distopt.numerics.storage import StorageDtype, pack, unpack
 from distopt.reducers.allreduce import split_into
 from distopt.reducers.coded import Coded, Sent, coded_average
 from distopt.reducers.energy import EnergyRank
 from distopt.reducers.matrix import Layout, Matrix
 from distopt.reducers.memory import Memory, flush, forget, working_dtype
+from distopt.reducers.operand import Operand
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Proposal, Reduction, Slot, State
 
 
 class Factors(NamedTuple):
-    """A low-rank matrix as all ranks have it, and as this rank put it in."""
+    """A low-rank matrix as all ranks have it, and as this rank put it in: all transposed."""
 
-    left: Tensor  # P, (n, r)
-    right: Tensor  # Q, (m, r)
+    left: Tensor  # Pᵀ, (r, n)
+    right: Tensor  # Qᵀ, (r, m)
     own_left: Tensor
     own_right: Tensor
-    next: Tensor | None  # what the next step starts from; None: nothing is kept
+    next: Tensor | None  # what the next step starts from, a column a direction; None: nothing is kept
+
+
+class Factorised(NamedTuple):
+    """What the rounds of a bucket came to."""
+
+    whole: Tensor  # the average of what is sent whole, in one piece
+    factors: list[Factors]
+    side: str  # which factors came last, "left" or "right"; the columns of the others are orthonormal
+    last: Tensor  # all of these, averaged, as `Layout` lays them out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ class LowRankPlan(Plan):
     def __init__(
         self, slots: Sequence[Slot], matrices: Sequence[Sequence[Matrix]], settings: LowRankSettings, place: Place
     ) -> None:
-        self.matrices = sorted((m for of_slot in matrices for m in of_slot), key=Layout.order)
+        self.matrices = [m for of_slot in matrices for m in of_slot]
         self.settings = settings
         self._place = place
         self._chosen = [i for i, of_slot in enumerate(matrices) if of_slot]
@@ -69,17 +80,20 @@ class LowRankPlan(Plan):
         self._slots = [slots[i] for i in self._chosen]
         self._whole_slots = [slots[i] for i in self._whole]
         self._optional = any(slot.optional for slot in self._slots)
+        self._places = [[i for i, m in enumerate(self.matrices) if m.slot is slot] for slot in self._slots]
         self._fixed: dict[str, Tensor] = {}
+        self._most = tuple(matrix.rank for matrix in self.matrices)
+        self._raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     @abc.abstractmethod
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
-    ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
-        """Find the factors of ``inputs``, oriented, one a matrix, and average ``extra`` along with the first of them.
+        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+    ) -> Generator[Request, Tensor, Factorised | None]:
+        """Find the factors of ``inputs``, one a matrix, and average ``extra`` along with the first of them.
 
         Returns:
-            The average of ``extra``, in one piece, and the factors; ``None`` if anything averaged was not finite.
+            What came of it; ``None`` if anything averaged was not finite.
         """
 
     @abc.abstractmethod
@@ -97,16 +111,17 @@ class LowRankPlan(Plan):
         flushed = flush(self._whole_slots, [bucket.gradients[i] for i in self._whole], state)
         norms = _norms(gradients) if state.figures is not None else {}
         present = [float(g.any()) for g in gradients.values()] if self._optional else []
-        memory = self.settings.memory
-        inputs = {slot.name: memory.add_into(slot, gradients[slot.name], state) for slot in self._slots}
-        first = next(iter(inputs.values()))
-        extra = [*(segment.to(first.dtype) for segment in segments), first.new_tensor(present)]
-        outcome = yield from self.factorise([m.oriented(inputs[m.slot.name]) for m in self.matrices], extra, state)
-        inputs.clear()  # their memory is not needed to commit
+        residuals = state.residuals
+        inputs = [Operand(m, gradients[m.slot.name], residuals.get(m.slot.name)) for m in self.matrices]
+        first = self.matrices[0].dtype
+        extra = [segment if segment.dtype == first else segment.to(first) for segment in segments]
+        if present:
+            extra.append(torch.tensor(present, dtype=first, device=inputs[0].device))
+        outcome = yield from self.factorise(inputs, extra, state)
         if outcome is None:
             return None
-        averaged, factors = outcome
-        if any(_overflows(f, m.slot.parameter.dtype) for f, m in zip(factors, self.matrices, strict=True)):
+        averaged, factors = outcome.whole, outcome.factors
+        if self._overflow(outcome):
             return None
         whole, flags = averaged.split([averaged.numel() - len(present), len(present)])
         used = flags.tolist() if present else [1.0] * len(gradients)
@@ -114,15 +129,15 @@ class LowRankPlan(Plan):
         def commit() -> None:
             split_into(segments, whole)
             forget(flushed, state)
-            for slot, is_used in zip(self._slots, used, strict=True):
+            for slot, places, is_used in zip(self._slots, self._places, used, strict=True):
                 if is_used:
-                    own = [(m, f) for m, f in zip(self.matrices, factors, strict=True) if m.slot is slot]
+                    own = [(inputs[i], factors[i]) for i in places]
                     self._commit(slot, own, gradients[slot.name], norms.get(slot.name), state)
                 else:
                     gradients[slot.name].zero_()
 
         # A step may leave optional parameters without a gradient: what their factors say is not delivered then.
-        delivered = {} if present else _norms_from(self.matrices, factors)
+        delivered = {} if present else self._norms(outcome, state)
         return Proposal(commit, self._bytes(state), delivered)
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
@@ -156,7 +171,7 @@ class LowRankPlan(Plan):
 
     def layout(self, state: State) -> Layout:
         """Where the factors of this step lie."""
-        ranks = tuple(self._rank(matrix, state) for matrix in self.matrices)
+        ranks = self._most if self.settings.energy is None else tuple(self._rank(m, state) for m in self.matrices)
         if ranks not in self._layouts:
             self._layouts[ranks] = Layout(self.matrices, ranks)
         return self._layouts[ranks]
@@ -168,6 +183,8 @@ class LowRankPlan(Plan):
             return None
         factor = unpack(stored, matrix.dtype)
         rank = self._rank(matrix, state)
+        if factor.shape == (rows, rank):
+            return factor
         if factor.shape[0] != rows:  # another reducer's, which passed this way
             return None
         if factor.shape[1] >= rank:
@@ -179,13 +196,30 @@ class LowRankPlan(Plan):
         gaussian = seeded_gaussian(rows, rank, self.settings.seed, matrix.key, *key)
         return normalize_columns(gaussian.to(matrix.slot.parameter.device, matrix.dtype))[0]
 
-    def renew(self, matrix: Matrix, old: Tensor, unit: Tensor, alive: Tensor, step: int) -> Tensor:
-        """A factor for the next step: dead columns drawn anew; a gradient of zero leaves it alone."""
-        if bool(alive.all()):
-            return unit
-        if not bool(alive.any()):
-            return old
-        return torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
+    def renew(
+        self, layout: Layout, side: str, stacks: Sequence[Tensor], old: Sequence[Tensor], step: int
+    ) -> list[Tensor]:
+        """Factors for the next step: columns of length 1, dead ones drawn anew; a gradient of zero leaves ``old``.
+
+        Args:
+            layout: of this step.
+            side: which factors.
+            stacks: as `Layout.stacks` gives them, turned back: ``(k, rows, rank)``.
+            old: what this step started from, one a matrix.
+            step: its number.
+        """
+        units, living = zip(*normalize_stacks(stacks), strict=True)
+        factors = layout.each(units, side)
+        if bool(torch.cat([alive.reshape(-1) for alive in living]).all()):
+            return factors
+        renewed: list[Tensor] = []
+        for matrix, before, unit, alive in zip(self.matrices, old, factors, layout.each(living, side), strict=True):
+            if not bool(alive.any()):
+                unit = before
+            elif not bool(alive.all()):
+                unit = torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
+            renewed.append(unit)
+        return renewed
 
     def share(
         self, extra: Sequence[Tensor], factors: Tensor, state: State, phase: int
@@ -204,13 +238,16 @@ class LowRankPlan(Plan):
             return None
         return sent[1].average if numel > 0 else factors[:0], sent[0]
 
+    def payload(self, inputs: Sequence[Operand], numel: int) -> Tensor:
+        """Room for factors."""
+        return torch.empty(numel, dtype=self.matrices[0].dtype, device=inputs[0].device)
+
     def _rank(self, matrix: Matrix, state: State) -> int:
         energy = self.settings.energy
         return matrix.rank if energy is None else min(matrix.rank, energy.rank(state.factors.get(matrix.key)))
 
     def _bytes(self, state: State) -> tuple[int, int]:
-        raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
-        return raw, sum(self._sent_bytes(matrix, state) for matrix in self.matrices)
+        return self._raw, sum(self._sent_bytes(matrix, state) for matrix in self.matrices)
 
     def _sent_bytes(self, matrix: Matrix, state: State) -> int:
         dtype = self.settings.wire_dtype or matrix.dtype
@@ -219,53 +256,45 @@ class LowRankPlan(Plan):
     def _commit(
         self,
         slot: Slot,
-        own: Sequence[tuple[Matrix, Factors]],
+        own: Sequence[tuple[Operand, Factors]],
         gradient: Tensor,
         gradient_norm: float | None,
         state: State,
     ) -> None:
         """Write the average into the gradient, and what this rank did not send into its residual."""
-        error = self.settings.memory.input_again(slot, gradient, state)
-        input_norm = _norm(error) if gradient_norm is not None else 0.0
-        for matrix, factors in own:
-            average = factors.left @ factors.right.mT
-            part = matrix.oriented(error).addmm_(factors.own_left, factors.own_right.mT, alpha=-1)
-            rounded = average.to(gradient.dtype)
-            if rounded.dtype != average.dtype:
-                part.add_(average.sub_(rounded))
-            matrix.write(rounded, gradient)
+        measured = gradient_norm is not None and state.figures is not None
+        input_norm = math.hypot(*(operand.norm() for operand, _ in own)) if measured else 0.0
+        room = self.settings.memory.room(slot, gradient, state)
+        for operand, factors in own:
+            operand.settle(factors.left, factors.right, factors.own_left, factors.own_right, room)
         if gradient_norm is not None and state.figures is not None:
             raw = slot.parameter.numel() * slot.parameter.element_size()
-            sent = sum(self._sent_bytes(matrix, state) for matrix, _ in own)
-            state.figures[slot.name] = Figures(gradient_norm, input_norm, _norm(error), raw, sent)
-        self.settings.memory.keep(slot, error, state)
-        for matrix, factors in own:
+            sent = sum(self._sent_bytes(operand.matrix, state) for operand, _ in own)
+            state.figures[slot.name] = Figures(gradient_norm, input_norm, _norm(room), raw, sent)
+        self.settings.memory.keep(slot, room, state)
+        for operand, factors in own:
             if factors.next is not None:
-                state.factors[matrix.key] = pack(factors.next, self.settings.factor_dtype)
+                state.factors[operand.matrix.key] = pack(factors.next, self.settings.factor_dtype)
 
+    def _overflow(self, outcome: Factorised) -> bool:
+        """Whether any P Qᵀ has an element beyond the range of its gradient. Alike on all ranks, as both factors are."""
+        columns = max(factors.left.shape[0] for factors in outcome.factors)
+        largest = float(outcome.last.abs().amax())
+        dtypes = [matrix.slot.parameter.dtype for matrix in self.matrices]
+        if largest * columns * 2 < min(torch.finfo(dtype).max for dtype in set(dtypes)):
+            return False
+        products = ((f.left.mT @ f.right).to(dtype) for f, dtype in zip(outcome.factors, dtypes, strict=True))
+        return not all(bool(torch.isfinite(product).all()) for product in products)
 
-def _overflows(factors: Factors, dtype: torch.dtype) -> bool:
-    """Whether P Qᵀ has an element beyond the range of ``dtype``. Alike on all ranks, as both factors are."""
-    limit = torch.finfo(dtype).max
-    left, right = factors.left, factors.right
-    bound = torch.linalg.vector_norm(left, dim=1).max() * torch.linalg.vector_norm(right, dim=1).max()
-    if bool(bound < limit):
-        return False
-    return not bool(torch.isfinite((left @ right.mT).to(dtype)).all())
-
-
-def _norms_from(matrices: Sequence[Matrix], factors: Sequence[Factors]) -> dict[str, Tensor]:
-    """Norms of P Qᵀ by parameter name. As one of the two is orthonormal, they are |P| |Q| / sqrt(r)."""
-    lefts, rights = (
-        torch._foreach_norm(list(side))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        for side in zip(*((f.left, f.right) for f in factors), strict=True)
-    )
-    norms: dict[str, Tensor] = {}
-    for matrix, factor, left, right in zip(matrices, factors, lefts, rights, strict=True):
-        norm = left * right / factor.left.shape[1] ** 0.5
-        name = matrix.slot.name
-        norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
-    return norms
+    def _norms(self, outcome: Factorised, state: State) -> dict[str, Tensor]:
+        """Norms of P Qᵀ by parameter name: those of the factor that came last, as the other is orthonormal."""
+        stacks = self.layout(state).stacks(outcome.last, outcome.side)
+        each = [torch.linalg.vector_norm(stack, dim=(1, 2)) for stack in stacks]
+        norms: dict[str, Tensor] = {}
+        for matrix, norm in zip(self.matrices, self.layout(state).each(each, outcome.side), strict=True):
+            name = matrix.slot.name
+            norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
+        return norms
 
 
 def _norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:

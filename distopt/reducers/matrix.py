@@ -1,7 +1,7 @@
 """Gradients as matrices, and the payloads that hold the factors of many of them."""
 
 import dataclasses
-import itertools
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,20 +40,25 @@ class Matrix:
         columns = max(1, round(rank * smaller)) if isinstance(rank, float) else rank
         return [cls(slot, shape, min(columns, smaller), index, slices) for index in range(slices)]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """What its factors are kept under: the parameter's name, and the slice where there are several."""
         return self.slot.name if self.slices == 1 else f"{self.slot.name}[{self.index}]"
 
-    @property
+    @functools.cached_property
     def left(self) -> int:
         """Rows of P: the smaller side, which is cheaper to orthonormalise."""
         return min(self.shape)
 
-    @property
+    @functools.cached_property
     def right(self) -> int:
         """Rows of Q: the larger side."""
         return max(self.shape)
+
+    @functools.cached_property
+    def tall(self) -> bool:
+        """Whether the parameter's own order has the larger side first."""
+        return self.shape[0] > self.shape[1]
 
     def part(self, tensor: Tensor) -> Tensor:
         """The slice of a tensor of the parameter's shape: a view."""
@@ -62,52 +67,68 @@ class Matrix:
         rows = self.slot.parameter.shape[0] // self.slices
         return tensor[self.index * rows : (self.index + 1) * rows]
 
-    def oriented(self, tensor: Tensor) -> Tensor:
-        """The slice as a matrix with its smaller side first: a view wherever the memory is contiguous."""
-        matrix = self.part(tensor).reshape(self.shape)
-        return matrix if self.shape[0] <= self.shape[1] else matrix.mT
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The slice as a matrix in the parameter's own order: a view wherever the memory allows."""
+        if self.slices == 1 and tensor.shape == self.shape:
+            return tensor
+        return self.part(tensor).reshape(self.shape)
 
-    def write(self, matrix: Tensor, tensor: Tensor) -> None:
-        """The way back: an oriented matrix into the slice of a tensor."""
-        part = self.part(tensor)
-        part.copy_((matrix if self.shape[0] <= self.shape[1] else matrix.mT).reshape(part.shape))
-
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """What it is compressed in."""
         return working_dtype(self.slot)
 
 
 class Layout:
-    """Where the factors of many matrices lie in one payload: those of one shape side by side.
+    """Where the factors of many matrices lie in one payload: transposed, those of one shape side by side.
+
+    Transposed, because a column of a factor is then one piece of memory: products with few columns are several times
+    as fast, and LAPACK need not turn anything.
 
     Args:
-        matrices: sorted by `Layout.order`.
+        matrices: in any order.
         ranks: columns of each one's factors in this step.
     """
 
     def __init__(self, matrices: Sequence[Matrix], ranks: Sequence[int]) -> None:
-        shapes = [(m.left, m.right, rank) for m, rank in zip(matrices, ranks, strict=True)]
-        self._groups = [(*shape, len(list(group))) for shape, group in itertools.groupby(shapes)]
-
-    @staticmethod
-    def order(matrix: Matrix) -> tuple[int, int, int]:
-        """Key to sort matrices by, so that those of one shape are neighbours."""
-        return matrix.left, matrix.right, matrix.rank
+        self._sides = {
+            "left": _Side([(rank, m.left) for m, rank in zip(matrices, ranks, strict=True)]),
+            "right": _Side([(rank, m.right) for m, rank in zip(matrices, ranks, strict=True)]),
+        }
 
     def numel(self, side: str) -> int:
         """Numbers in all left (P) or right (Q) factors."""
-        return sum(math.prod(shape) for shape in self._shapes(side))
+        return sum(self._sides[side].sizes)
+
+    def gather(self, factors: Sequence[Tensor], side: str) -> Tensor:
+        """A payload of factors as they are, ``(rows, rank)`` each, one a matrix."""
+        return torch.cat([factors[i].mT.reshape(-1) for i in self._sides[side].order])
 
     def stacks(self, payload: Tensor, side: str) -> list[Tensor]:
-        """The payload as one ``(k, rows, rank)`` view for each group of ``k`` matrices of one shape."""
-        shapes = self._shapes(side)
-        parts = payload.split([math.prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        """The payload as one ``(k, rank, rows)`` view for each group of ``k`` factors of one shape."""
+        places = self._sides[side]
+        return [
+            part.view(shape) for part, shape in zip(payload.split_with_sizes(places.sizes), places.shapes, strict=True)
+        ]
+
+    def each(self, stacks: Sequence[Tensor], side: str) -> list[Tensor]:
+        """What `stacks` gave, or what was made of each of them, by matrix."""
+        parts = [part for stack in stacks for part in stack.unbind()]
+        return [parts[i] for i in self._sides[side].places]
 
     def views(self, payload: Tensor, side: str) -> list[Tensor]:
-        """The payload as one ``(rows, rank)`` view a matrix."""
-        return [factor for stack in self.stacks(payload, side) for factor in stack]
+        """The payload as one ``(rank, rows)`` view a matrix."""
+        return self.each(self.stacks(payload, side), side)
 
-    def _shapes(self, side: str) -> list[tuple[int, int, int]]:
-        return [(count, left if side == "left" else right, rank) for left, right, rank, count in self._groups]
+
+class _Side:
+    """How the factors of one side are arranged, given the shape of each."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, shape in enumerate(shapes):
+            groups.setdefault(shape, []).append(index)
+        self.shapes = [(len(group), *shape) for shape, group in groups.items()]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.order = [index for group in groups.values() for index in group]
+        self.places = [self.order.index(index) for index in range(len(shapes))]

@@ -9,10 +9,12 @@ from torch import Tensor
 from distopt.numerics.storage import Packed, StorageDtype, Stored, pack, unpack
 from distopt.reducers.reducer import Slot, State
 
+_WORKING = {torch.float64: torch.float64, torch.complex64: torch.complex64, torch.complex128: torch.complex128}
+
 
 def working_dtype(slot: Slot) -> torch.dtype:
     """What a gradient is compressed in: float64 for float64 gradients, else float32."""
-    return torch.promote_types(slot.parameter.dtype, torch.float32)
+    return _WORKING.get(slot.parameter.dtype, torch.float32)
 
 
 def is_compressible(slot: Slot) -> bool:
@@ -83,6 +85,14 @@ class Memory:
         if residual is None:
             return torch.empty(gradient.shape, dtype=dtype, device=gradient.device).copy_(gradient)
         return unpack(residual, dtype) + gradient
+
+    def room(self, slot: Slot, gradient: Tensor, state: State) -> Tensor:
+        """Where the new residual may be written: over the old one, if that is kept in the working dtype."""
+        residual = state.residuals.get(slot.name)
+        dtype = working_dtype(slot)
+        if isinstance(residual, Tensor) and residual.dtype == dtype and residual.is_contiguous():
+            return residual
+        return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
 
     def keep(self, slot: Slot, residual: Tensor, state: State) -> None:
         """Remember what was not sent."""

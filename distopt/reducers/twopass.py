@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from distopt.comm.requests import Request
-from distopt.numerics.orthogonal import normalize_columns, orthogonalize
-from distopt.reducers.lowrank import Factors, LowRankPlan
+from distopt.numerics.orthogonal import orthogonalize
+from distopt.reducers.lowrank import Factorised, Factors, LowRankPlan
 from distopt.reducers.matrix import Matrix
+from distopt.reducers.operand import Operand
 from distopt.reducers.reducer import State
 
 
@@ -19,29 +20,32 @@ class TwoPassPlan(LowRankPlan):
     """P = M Q, orthonormalised, then Q = Mᵀ P; both averaged."""
 
     def factorise(
-        self, inputs: Sequence[Tensor], extra: Sequence[Tensor], state: State
-    ) -> Generator[Request, Tensor, tuple[Tensor, list[Factors]] | None]:
+        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+    ) -> Generator[Request, Tensor, Factorised | None]:
         """See `LowRankPlan.factorise`."""
         layout = self.layout(state)
         before = [self._start(matrix, state) for matrix in self.matrices]
-        payload = inputs[0].new_empty(layout.numel("left"))
-        for m, q, p in zip(inputs, before, layout.views(payload, "left"), strict=True):
-            torch.mm(m, q, out=p)
+        # Side by side, as the last bits of a product depend on where its operands lie: those of a resumed run, too.
+        bases = layout.views(layout.gather(before, "right"), "right")
+        payload = self.payload(inputs, layout.numel("left"))
+        for operand, q, p in zip(inputs, bases, layout.views(payload, "left"), strict=True):
+            operand.times_right(q, p)
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
         whole, sent = shared
 
-        lefts = [p for stack in layout.stacks(sent.average, "left") for p in orthogonalize(stack)]
-        payload = payload.new_empty(layout.numel("right"))
-        for m, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
-            torch.mm(m.mT, p, out=q)
+        lefts = layout.each([orthogonalize(s.mT).mT for s in layout.stacks(sent.average, "left")], "left")
+        payload = self.payload(inputs, layout.numel("right"))
+        for operand, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
+            operand.times_left(p, q)
         shared = yield from self.share([], payload, state, 1)
         if shared is None:
             return None
         rights, own = (layout.views(flat, "right") for flat in shared[1])
-        following = self._following(layout.stacks(shared[1].average, "right"), before, state)
-        return whole, [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
+        following = self._following(shared[1].average, before, state)
+        factors = [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
+        return Factorised(whole, factors, "right", shared[1].average)
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""
@@ -70,20 +74,23 @@ class TwoPassPlan(LowRankPlan):
         assert first is not None
         return first
 
-    def _following(self, stacks: Sequence[Tensor], before: Sequence[Tensor], state: State) -> Sequence[Tensor | None]:
+    def _following(self, rights: Tensor, before: Sequence[Tensor], state: State) -> Sequence[Tensor | None]:
         """Q for the next step, with columns of length 1, so that nothing depends on the gradient's unit."""
         if self.settings.basis != "warm":
             return [None] * len(before)
-        energy = self.settings.energy
-        if energy is not None and energy.adapts_after(state.step):
+        layout, energy = self.layout(state), self.settings.energy
+        stacks = [stack.mT for stack in layout.stacks(rights, "right")]
+        adapts = energy is not None and energy.adapts_after(state.step)
+        if energy is not None and adapts:
             stacks = [energy.sorted_columns(stack) for stack in stacks]
-        columns = [pair for stack in stacks for pair in zip(stack, *normalize_columns(stack), strict=True)]
-        renewed: list[Tensor | None] = []
-        for matrix, old, (right, unit, alive) in zip(self.matrices, before, columns, strict=True):
-            following = self.renew(matrix, old, unit, alive, state.step)
-            if energy is not None and energy.adapts_after(state.step) and bool(alive.any()):
+        renewed = self.renew(layout, "right", stacks, before, state.step)
+        if energy is None or not adapts:
+            return renewed
+        following: list[Tensor] = []
+        for matrix, right, new in zip(self.matrices, layout.each(stacks, "right"), renewed, strict=True):
+            if bool(right.any()):
                 rank = energy.choose(right, matrix.rank)
                 more = self.draw(matrix, matrix.right, rank, "more", state.step)
-                following = torch.cat([following[:, :rank], more[:, following.shape[1] :]], dim=1)
-            renewed.append(following)
-        return renewed
+                new = torch.cat([new[:, :rank], more[:, new.shape[1] :]], dim=1)
+            following.append(new)
+        return following
