@@ -14,7 +14,7 @@ import distopt
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
-APART = {"accumulation", "checkpoint", "monitor", "optim", "scaling", "sharding", "pipelining"}
+APART = {"accumulation", "checkpoint", "monitor", "optim", "scaling", "sharding", "pipelining", "planning"}
 """Rooms that stand on those in order, and never import one another."""
 ONE_WAY = {("pipelining", "sharding")}
 """Except that the first imports the second."""
@@ -34,6 +34,7 @@ PUBLIC = [
     "Periodic",
     "PeriodicStats",
     "Pipeline",
+    "Plan",
     "PowerSGD",
     "Quantize",
     "RandomK",
@@ -52,6 +53,7 @@ PUBLIC = [
     "log_to_tensorboard",
     "node_mesh",
     "pipeline",
+    "plan",
     "register",
     "shard",
 ]
