@@ -16,8 +16,8 @@ _EXAMPLES = """examples:
 _DALLE = "dalle:"
 
 
-def add_to(commands: "argparse._SubParsersAction[Any]") -> None:
-    """Add the command to a parser's."""
+def add_to(commands: Any) -> None:
+    """Add the command to what `ArgumentParser.add_subparsers` gave."""
     parser = commands.add_parser(
         "plan",
         help="predict a training step, and say whether compressing gradients would help",

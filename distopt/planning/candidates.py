@@ -57,6 +57,7 @@ def low_rank(
     *,
     like: PowerSGD,
     rest: Literal["whole", "16 bits"] = WHOLE,
+    always: bool = False,
 ) -> Scheme | None:
     """Matrices as factors of at most a rank, wherever that is faster for the matrix than sending it whole.
 
@@ -67,6 +68,7 @@ def low_rank(
         estimator: tells how long a gradient takes.
         like: has all other settings.
         rest: how everything else is sent.
+        always: at the largest rank wherever `PowerSGD` would, as if it were faster.
 
     Returns:
         ``None`` if it is faster for no matrix.
@@ -77,7 +79,7 @@ def low_rank(
     for slot in slots:
         key = (tuple(slot.parameter.shape), slot.parameter.dtype, slot.exempt or _is_named(like, slot))
         if key not in known:
-            known[key] = rest if key[-1] else _way_of(slot, ranks, estimator, alternate, like, rest)
+            known[key] = rest if key[-1] else _way_of(slot, ranks, None if always else estimator, alternate, like, rest)
         ways[slot.name] = known[key]
     chosen = {name: way for name, way in ways.items() if isinstance(way, int)}
     if not chosen:
@@ -95,16 +97,17 @@ def low_rank(
 def _way_of(
     slot: Slot,
     ranks: Sequence[int],
-    estimator: Estimator,
+    estimator: Estimator | None,
     alternate: bool,
     like: PowerSGD,
     rest: Literal["whole", "16 bits"],
 ) -> Way:
     """The highest rank at which a matrix is faster than otherwise."""
-    otherwise = estimator.alone(slot, rest)
     for rank in sorted(ranks, reverse=True):
-        if may_be_ranked(slot, rank, like.min_saving, like.wire_dtype) and otherwise > estimator.alone(
-            slot, rank, alternate=alternate, wire_dtype=like.wire_dtype
+        if may_be_ranked(slot, rank, like.min_saving, like.wire_dtype) and (
+            estimator is None
+            or estimator.alone(slot, rank, alternate=alternate, wire_dtype=like.wire_dtype)
+            < estimator.alone(slot, rest)
         ):
             return rank
     return rest

@@ -109,28 +109,39 @@ class Estimator:
 
     def estimate(self, scheme: Scheme) -> Estimate:
         """Predict a step."""
-        steps = range(2 if scheme.alternate else 1)
-        nbytes: dict[str, float] = {slot.name: 0.0 for bucket in self._buckets for slot in bucket}
-        seconds = dict(nbytes)
+        count = 2 if scheme.alternate else 1
+        known: dict[tuple[object, ...], _Taken] = {}
+        shares: dict[str, Share] = {slot.name: Share(0.0, 0.0) for bucket in self._buckets for slot in bucket}
         total = step = fixed = collectives = 0.0
-        for number in steps:
+        for number in range(count):
             works: list[Work] = []
             for bucket in self._buckets:
-                asked = self._asked(scheme, bucket, number)
-                wires = [self._network.seconds(collective) for collective in asked]
-                computing = [self._computing(slot, scheme) for slot in bucket]
-                works.append(self._work(bucket, wires, computing, scheme))
-                transfer = sum(wire.transfer for wire in wires)
-                for slot, own, part in zip(bucket, computing, self._parts(bucket, scheme), strict=True):
-                    nbytes[slot.name] += sent(asked) * part
-                    seconds[slot.name] += transfer * part + sum(own)
-                total += sent(asked)
-                collectives += len(wires)
-                fixed += sum(wire.latency for wire in wires) + self._bucket_seconds(scheme)
+                taken = self._taken(scheme, bucket, number, known)
+                for slot, share in zip(bucket, taken.shares, strict=True):
+                    before = shares[slot.name]
+                    shares[slot.name] = Share(before[0] + share[0] / count, before[1] + share[1] / count)
+                works.append(taken.work)
+                total += taken.nbytes
+                fixed += taken.fixed
+                collectives += len(taken.work.stages)
             step += step_seconds(self._compute, works)
-        count = len(steps)
-        shares = {name: Share(nbytes[name] / count, seconds[name] / count) for name in nbytes}
         return Estimate(scheme, total / count, step / count, shares, fixed / count, collectives / count)
+
+    def _taken(
+        self, scheme: Scheme, bucket: Sequence[Slot], step: int, known: "dict[tuple[object, ...], _Taken]"
+    ) -> "_Taken":
+        """What one bucket takes; one of the same shapes that is treated alike takes the same."""
+        key = (step, *((s.parameter.shape, s.parameter.dtype, scheme.ways[s.name]) for s in bucket))
+        if key not in known:
+            asked = self._asked(scheme, bucket, step)
+            wires = [self._network.seconds(collective) for collective in asked]
+            computing = [self._computing(slot, scheme) for slot in bucket]
+            transfer, nbytes = sum(wire.transfer for wire in wires), sent(asked)
+            parts = zip(self._parts(bucket, scheme), computing, strict=True)
+            shares = [Share(nbytes * part, transfer * part + sum(own)) for part, own in parts]
+            fixed = sum(wire.latency for wire in wires) + self._bucket_seconds(scheme)
+            known[key] = _Taken(self._work(bucket, wires, computing, scheme), nbytes, shares, fixed)
+        return known[key]
 
     def alone(self, slot: Slot, way: Way, *, alternate: bool = False, wire_dtype: torch.dtype | None = None) -> float:
         """Seconds that depend on one gradient's size if it is sent in this way, hidden or not."""
@@ -200,6 +211,13 @@ class Estimator:
 
     def _bucket_seconds(self, scheme: Scheme) -> float:
         return 0.0 if scheme.reducer is None else self._processor.bucket_seconds
+
+
+class _Taken(NamedTuple):
+    work: Work
+    nbytes: int
+    shares: Sequence[Share]
+    fixed: float
 
 
 class Computing(NamedTuple):
