@@ -6,7 +6,8 @@
 
 The simulation predicts DALL-E's sizes on 8 to 16,384 ranks. The validation takes the steps that `bench.lab` has
 measured, and predicts each from rates that `--probe` has timed in the same lab, and from the time of forward and
-backward. A prediction passes if it is within 15 % of the median, or within the range of the measured steps. Writes JSON lines.
+backward. A prediction passes if it is within 15 % of the median, or within the range of the measured steps. Writes
+JSON lines.
 """
 
 import argparse
