@@ -45,14 +45,16 @@ def main() -> None:
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Tables in markdown, by their marks in the documentation."""
-    found = {"planning-paper": _paper(records), "planning-curves": _curves(records)}
+    curves = any(r["kind"] == "simulated" for r in records)
+    found = {"planning-paper": _paper(records), "planning-curves": _curves(records)} if curves else {}
     checked = [r for r in records if r["kind"] == "validated"]
     return found | ({"planning-validation": validation_table(checked)} if checked else {})
 
 
 def pictures(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Draw the curves."""
-    draw(folder / "planning.png", [r for r in records if r["kind"] == "simulated"])
+    """Draw the curves, if they have been simulated."""
+    if curves := [r for r in records if r["kind"] == "simulated"]:
+        draw(folder / "planning.png", curves)
 
 
 def _paper(records: Sequence[Mapping[str, Any]]) -> str:
