@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from distopt.monitor.tensorboard import log_to_tensorboard as log_to_tensorboard
     from distopt.pipelining.pipeline import pipeline as pipeline
     from distopt.pipelining.running import Pipeline as Pipeline
+    from distopt.planning.outcome import Plan as Plan
+    from distopt.planning.plan import plan as plan
     from distopt.reducers.allreduce import AllReduce as AllReduce
     from distopt.reducers.byname import ByName as ByName
     from distopt.reducers.cast import Cast as Cast
@@ -71,6 +73,8 @@ _HOMES = {
     "log_to_tensorboard": "distopt.monitor.tensorboard",
     "pipeline": "distopt.pipelining.pipeline",
     "Pipeline": "distopt.pipelining.running",
+    "Plan": "distopt.planning.outcome",
+    "plan": "distopt.planning.plan",
     "AllReduce": "distopt.reducers.allreduce",
     "ByName": "distopt.reducers.byname",
     "Cast": "distopt.reducers.cast",

@@ -1,7 +1,7 @@
 """What a step would send and keep, found by going through it without numbers."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +12,18 @@ from distopt.numerics.storage import nbytes
 from distopt.reducers.reducer import Bucket, Place, Proposal, Reducer, Reduction, Slot, State
 
 
+class Asked(NamedTuple):
+    """A collective that was asked for, and the bytes that this rank hands over for it, the way back included."""
+
+    kind: Literal["average", "swap", "gather"]
+    nbytes: int
+
+
 class Rehearsal(NamedTuple):
     """One rank's share of one bucket, in bytes.
 
     ``compressed`` are the bytes of the gradients that were compressed, before and after; both zero if none were.
+    ``asked`` are the collectives, in their order.
     """
 
     uncompressed: int
@@ -23,6 +31,7 @@ class Rehearsal(NamedTuple):
     compressed: tuple[int, int]
     residuals: int
     factors: int
+    asked: tuple[Asked, ...]
 
 
 def rehearse(reducer: Reducer, slots: Sequence[Slot], place: Place, step: int = 0) -> Rehearsal:
@@ -57,7 +66,7 @@ def rehearse(reducer: Reducer, slots: Sequence[Slot], place: Place, step: int = 
         flat = torch.empty(sum(sizes), dtype=slots[0].parameter.dtype, device="meta")
         segments = flat.split(sizes)
         gradients = [s.view(slot.parameter.shape) for s, slot in zip(segments, slots, strict=True)]
-        sent, proposal = _carry_out(
+        sent, asked, proposal = _carry_out(
             plan.reduce(Bucket(gradients, segments, flat), state), {"": place.world_size, **ranks}
         )
         if proposal is None:
@@ -70,30 +79,32 @@ def rehearse(reducer: Reducer, slots: Sequence[Slot], place: Place, step: int = 
         compressed=proposal.bytes_compressed,
         residuals=sum(nbytes(kept) for kept in state.residuals.values()),
         factors=sum(nbytes(kept) for kept in state.factors.values()),
+        asked=tuple(asked),
     )
 
 
-def _carry_out(reduction: Reduction, ranks: Mapping[str, int]) -> tuple[int, Proposal | None]:
-    sent = 0
+def _carry_out(reduction: Reduction, ranks: Mapping[str, int]) -> tuple[int, list[Asked], Proposal | None]:
+    sent, collectives = 0, list[Asked]()
     try:
         request = next(reduction)
         while True:
             part, asked = (request.part, request.request) if isinstance(request, Within) else ("", request)
-            answer, count = _answer(asked, ranks[part])
-            sent += count
+            answer, collective, counts = _answer(asked, ranks[part])
+            collectives.append(collective)
+            sent += collective.nbytes if counts else 0
             request = reduction.send(answer)
     except StopIteration as returned:
-        return sent, returned.value
+        return sent, collectives, returned.value
 
 
-def _answer(request: Tensor | Swap | Gather, ranks: int) -> tuple[Tensor, int]:
-    """What ``ranks`` ranks would get, and the bytes that this one hands over for it."""
+def _answer(request: Tensor | Swap | Gather, ranks: int) -> tuple[Tensor, Asked, bool]:
+    """What ``ranks`` ranks would get, what this one hands over for it, and whether that counts as sent."""
     if isinstance(request, Swap):
-        return torch.empty_like(request.rows), nbytes(request.rows)
+        return torch.empty_like(request.rows), Asked("swap", nbytes(request.rows)), True
     if isinstance(request, Gather):
         answer = request.tensor.new_empty((ranks, *request.tensor.shape))
-        return answer, 0 if request.returning else nbytes(request.tensor)
-    return request, nbytes(request)
+        return answer, Asked("gather", nbytes(request.tensor)), not request.returning
+    return request, Asked("average", nbytes(request)), True
 
 
 class _WithoutNumbers(TorchDispatchMode):

@@ -5,9 +5,11 @@ gradients that are added straight to the error buffers (Ramesh et al. 2021, arXi
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 import distopt
 from distopt.sharding.budget import Budget, budget, pieces
@@ -17,7 +19,9 @@ from .context import Context, placement
 from .recipe import Recipe
 from .report import bytes_in_words as words
 from .schedules import in_steps
+from .settings import TrainSettings, build, preset
 from .stage2 import optimizer_of, second_matrices
+from .train import recipe_of
 from .transformer import Transformer, TransformerSettings
 
 _HALF = 2
@@ -50,13 +54,8 @@ class Plan:
         return self.budget.matrix_bytes_uncompressed // 4
 
 
-def plan_of(recipe: Recipe, ranks: int) -> Plan:
-    """Count what stage 2 takes of a rank.
-
-    Args:
-        recipe: all settings; the text is taken to be as long, and its vocabulary as large, as they allow.
-        ranks: how many train together; a multiple of ``recipe.shards``.
-    """
+def transformer_of(recipe: Recipe) -> Transformer:
+    """The model of stage 2 on the meta device, with as much text as its settings allow."""
     settings = TransformerSettings(
         text_vocabulary=recipe.vocabulary,
         text_length=recipe.text_length,
@@ -65,7 +64,29 @@ def plan_of(recipe: Recipe, ranks: int) -> Plan:
         **recipe.transformer,
     )
     with torch.device("meta"):
-        transformer = Transformer(settings)
+        return Transformer(settings)
+
+
+def model_of(name: str, shards: int) -> tuple[Transformer, Callable[[nn.Parameter], Any]]:
+    """Give the transformer of a preset on the meta device, and how it is cut.
+
+    Args:
+        name: of the preset, out of ``settings.PRESETS``.
+        shards: ranks of a node.
+    """
+    transformer = transformer_of(recipe_of(build(TrainSettings, {**preset(name), "shard": shards})))
+    return transformer, placement(second_matrices(transformer), shards)
+
+
+def plan_of(recipe: Recipe, ranks: int) -> Plan:
+    """Count what stage 2 takes of a rank.
+
+    Args:
+        recipe: all settings; the text is taken to be as long, and its vocabulary as large, as they allow.
+        ranks: how many train together; a multiple of ``recipe.shards``.
+    """
+    transformer = transformer_of(recipe)
+    settings = transformer.settings
     how = {"shards": recipe.shards, "shard_placement_fn": placement(second_matrices(transformer), recipe.shards)}
     mine = pieces(transformer, **how)
     copies = ranks // recipe.shards
