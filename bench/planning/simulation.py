@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from distopt.integrations.dalle.plan import model_of
 from torch import nn
 from torch.distributed.tensor import Shard
 
 import distopt
 from distopt.attach.exemptions import exempt_names
-from distopt.integrations.dalle.plan import model_of
 from distopt.planning.outcome import Plan
 
 RANKS = {"paper-2.8b": 512, "paper-5.6b": 640, "paper-12b": 896}
