@@ -68,10 +68,11 @@ def main() -> None:
             for rank in chosen.ranks:
                 new = measured(model, getattr(torch, dtype), rank, chosen.ways, chosen.rounds, copied)
                 records += new
-                print(table(new), flush=True)
+                print(tables(new)["compression"], flush=True)
     write_lines(chosen.out / "compression.jsonl", "compression", records)
-    (chosen.out / "compression.md").write_text(table(records) + "\n", encoding="utf-8")
-    print("\n" + table(records))
+    text = tables(records)["compression"]
+    (chosen.out / "compression.md").write_text(text + "\n", encoding="utf-8")
+    print("\n" + text)
 
 
 def measured(
@@ -283,8 +284,8 @@ MODELS: Mapping[str, Callable[[], Shapes]] = {
 }
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The figures as a table."""
+def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The figures as a table, by its mark."""
     rows = [
         [
             r["model"],
@@ -299,7 +300,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         for r in records
     ]
     head = ["model", "dtype", "rank", "way", "ms (quartiles)", "of torch's hook (quartiles)", "GB/s", "of a copy"]
-    return markdown(head, rows)
+    return {"compression": markdown(head, rows)}
 
 
 if __name__ == "__main__":
