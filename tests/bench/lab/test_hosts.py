@@ -133,7 +133,9 @@ def test_a_rank_that_fails_ends_the_others(module):
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_stays_after_a_signal(module, ending):
     module.write_text(SLEEPY.format(code=0))
-    code = "from bench.lab.hosts import run_on_hosts; run_on_hosts(['job'], count=3)"
+    # Where the tests run in the background, SIGINT is ignored, and processes inherit that.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from bench.lab.hosts import run_on_hosts; run_on_hosts(['job'], count=3)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not module.with_name("there").exists():
             assert process.poll() is None
