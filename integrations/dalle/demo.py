@@ -43,8 +43,8 @@ def _size(preset: str) -> _Size:
         )
     return _Size(
         dvae=DVAESettings(),
-        stage1=Stage1Settings(steps=4_000),
-        stage2=Stage2Settings(steps=4_300, weight_decay=decay),
+        stage1=Stage1Settings(steps=3_700),
+        stage2=Stage2Settings(steps=3_800, weight_decay=decay),
         stage3=Stage3Settings(),
         # At rank 4 the tokenizer loses three pictures in a hundred.
         ranks=(8, 6),
