@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from distopt.errors import SettingError
@@ -119,11 +120,9 @@ def _model(text: str, shards: int) -> tuple[Any, Any]:
 
 
 def _dalle(name: str, shards: int) -> tuple[Any, Any]:
-    from distopt.integrations.dalle.settings import PRESETS
-
-    sized = [preset for preset in PRESETS if preset != "paper-dvae"]
+    # By name: beside the sources the integrations lie in a folder of their own.
+    presets: Sequence[str] = importlib.import_module("distopt.integrations.dalle.settings").PRESETS
+    sized = [preset for preset in presets if preset != "paper-dvae"]
     if name not in sized:
         raise SettingError("--model", _DALLE + name, "one of " + ", ".join(_DALLE + preset for preset in sized))
-    from distopt.integrations.dalle.plan import model_of
-
-    return model_of(name, shards)
+    return importlib.import_module("distopt.integrations.dalle.plan").model_of(name, shards)
