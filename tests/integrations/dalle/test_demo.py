@@ -48,7 +48,7 @@ def test_the_demo_writes_all_that_it_promises(tmp_path, monkeypatch, capsys):
     whole = evaluate.evaluate_tokenizer
     monkeypatch.setattr(evaluate, "evaluate_tokenizer", lambda *given, **named: whole(*given, **named, n=8))
     monkeypatch.setattr(demo, "DVAESettings", lambda: DVAESettings(codes=16, width=16, neck=8))
-    monkeypatch.setattr(demo, "Stage1Settings", lambda: Stage1Settings(start=8))
+    monkeypatch.setattr(demo, "Stage1Settings", lambda **steps: Stage1Settings(start=8, **steps))
     demo.run(DemoSettings(steps_1=2, steps_2=2, steps_3=2, n=8), tmp_path, Context())
 
     report = json.loads((tmp_path / "report.json").read_text())
@@ -78,7 +78,7 @@ def test_the_demo_writes_all_that_it_promises(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_in_16_bits_reports_its_scales(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DVAESettings", lambda: DVAESettings(codes=16, width=16, neck=8))
-    monkeypatch.setattr(demo, "Stage1Settings", lambda: Stage1Settings(start=8))
+    monkeypatch.setattr(demo, "Stage1Settings", lambda **steps: Stage1Settings(start=8, **steps))
     monkeypatch.setattr(demo, "score_scenes", lambda *_, **__: ({}, {}))
     monkeypatch.setattr(demo, "score_best_of", lambda *_, **__: ({}, {}))
     monkeypatch.setattr(demo.pages, "draw_samples", lambda *_: None)
