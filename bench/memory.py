@@ -1,11 +1,11 @@
 """What error feedback costs in memory: exact bytes per parameter, beside plain DDP and torch's own hook.
 
     python -m bench.memory
-    python -m bench.memory --layers 96
+    python -m bench.memory --widths 1024 --layers 96
 
-24 linear layers of 256 x 256 (6.3 MB), 8 buckets, 2 micro-batches a step, plain SGD, one rank, whose collectives need
-no buffers. Counted are all bytes that torch's CPU allocator hands out, from the profiler's memory events, beyond the
-parameters themselves:
+24 linear layers of 256 x 256 (6.3 MB) and of 1024 x 1024 (100.7 MB), about 8 buckets, 2 micro-batches a step, plain
+SGD, one rank, whose collectives need no buffers. Counted are all bytes that torch's CPU allocator hands out, from the
+profiler's memory events, beyond the parameters themselves:
 
 - live: after the optimizer's step, with the gradients still there;
 - peak: the most at any moment of that step, activations included.
@@ -36,11 +36,14 @@ from bench.stamp import markdown, write_lines
 from distopt.comm.worker import Worker
 from tests.processes import run_ranks
 
-WIDTH, BATCH = 256, 4
+BATCH = 4
+BUCKETS = 8
+"""About so many, where there is not one for all."""
 STEPS = 8
 MARK = 12_347
 """Bytes of a tensor that is made only to find a moment among the profiler's events; nothing else is of that size."""
 
+DEFAULT, VIEW = "DDP", "DDP, bucket view"
 _VIEW = {"gradient_as_bucket_view": True}
 
 
@@ -52,26 +55,27 @@ class Variant:
         label: its name.
         who: the competitor, or None for plain DDP.
         options: of DDP.
-        bucket_mb: size of a bucket.
+        one_bucket: whether all gradients lie in one.
         settings: of ``distopt.register`` on a plain list of parameters, in the place of DDP.
     """
 
     label: str
     who: Competitor | None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    bucket_mb: float = 0.7
+    one_bucket: bool = False
     settings: Mapping[str, Any] | None = None
 
 
 VARIANTS = [
-    Variant("DDP", None),
-    Variant("DDP, bucket view", None, _VIEW),
+    Variant(DEFAULT, None),
+    Variant(VIEW, None, _VIEW),
     Variant("torch's hook", Torch()),
     Variant("torch's hook, bucket view", Torch(), _VIEW),
-    Variant("torch's hook, bucket view, one bucket", Torch(), _VIEW, 100),
+    Variant("torch's hook, bucket view, one bucket", Torch(), _VIEW, one_bucket=True),
     Variant("distopt", Distopt()),
     Variant("distopt, bucket view", Distopt(), _VIEW),
-    Variant("distopt, bucket view, one bucket", Distopt(), _VIEW, 100),
+    Variant("distopt, bucket view, one bucket", Distopt(), _VIEW, one_bucket=True),
+    Variant("distopt, 1-6-9 residual", Distopt(options={"residual_dtype": "1-6-9"})),
     Variant("distopt, bucket view, 1-6-9 residual", Distopt(options={"residual_dtype": "1-6-9"}), _VIEW),
     Variant("distopt, plain list", None, settings={}),
     Variant("distopt, plain list, accumulate=True", None, settings={"accumulate": True}),
@@ -83,14 +87,16 @@ def main() -> None:
     """Read the command line, measure every variant in a process of its own, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=4, help="rank of PowerSGD")
-    parser.add_argument("--layers", type=int, nargs="+", default=[24, 96])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     records: list[dict[str, Any]] = []
-    for layers in chosen.layers:
+    for width in chosen.widths:
         for variant in VARIANTS:
-            figures = run_ranks(1, measure, variant, chosen.rank, layers)[0]
-            records.append({"variant": variant.label, "rank": chosen.rank, "layers": layers, **figures})
+            figures = run_ranks(1, measure, variant, chosen.rank, chosen.layers, width)[0]
+            size = {"layers": chosen.layers, "width": width}
+            records.append({"variant": variant.label, "rank": chosen.rank, **size, **figures})
             print(records[-1], flush=True)
     write_lines(chosen.out / "memory.jsonl", "memory", records)
     table = tables(records)["memory"]
@@ -99,30 +105,29 @@ def main() -> None:
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """One row a set-up, three columns a number of layers."""
-    sizes = list(dict.fromkeys(r["layers"] for r in records))
-    found = {(r["variant"], r["layers"]): r for r in records}
-    head = ["bytes a parameter"]
-    for layers in sizes:
-        head += [f"{layers} layers: buckets", "live between steps", "peak in a step"]
+    """One row a set-up and size; what it takes beyond plain DDP in bytes a byte of parameters, all in float32."""
+    peaks = {(r["layers"], r["width"], r["variant"]): r["peak"] for r in records}
     rows: list[list[str]] = []
-    for label in dict.fromkeys(r["variant"] for r in records):
-        mine = [found[label, layers] for layers in sizes]
-        rows.append([label, *(t for r in mine for t in (str(r["buckets"]), f"{r['live']:.2f}", f"{r['peak']:.2f}"))])
-    return {"memory": markdown(head, rows)}
+    for r in records:
+        size = (r["layers"], r["width"])
+        beyond = [(r["peak"] - peaks[*size, label]) / 4 for label in (DEFAULT, VIEW)]
+        parts = [f"{r['live']:.2f}", f"{r['peak']:.2f}", *(f"{extra:+.2f}" for extra in beyond)]
+        rows.append(["{} x {}²".format(*size), r["variant"], str(r["buckets"]), *parts])
+    head = ["matrices", "set-up", "buckets", "live between steps", "peak in a step"]
+    return {"memory": markdown([*head, f"peak beyond {DEFAULT}", f"beyond {VIEW}"], rows)}
 
 
-def measure(rank: int, variant: Variant, columns: int, layers: int) -> dict[str, float]:
+def measure(rank: int, variant: Variant, columns: int, layers: int, width: int = 256) -> dict[str, float]:
     """Bytes per parameter of one set-up."""
     with on_one_thread(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        buckets = train(variant, columns, layers)
+        buckets = train(variant, columns, [width] * layers)
     totals, marks = [], []
     for size, total in sorted_events(profiler):
         if size == MARK:
             marks.append(len(totals))
         totals.append(total)
     before, begun, ended = (totals[marks[0]], *marks[-2:])
-    parameters = layers * WIDTH * WIDTH
+    parameters = layers * width**2
     peak = max(totals[begun + 1 : ended])
     return {"buckets": buckets, "live": (totals[ended] - before) / parameters, "peak": (peak - before) / parameters}
 
@@ -139,19 +144,25 @@ def sorted_events(profiler: profile) -> list[tuple[int, int]]:
     return [(size, total) for _, size, total in sorted(events, key=lambda event: event[0])]
 
 
-def train(variant: Variant, columns: int, layers: int) -> int:
+def train(variant: Variant, columns: int, widths: Sequence[int]) -> int:
     """Some steps, with a mark after the model is built and after each step; the number of buckets."""
-    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)])
+    model = nn.Sequential(*[nn.Linear(width, width, bias=False) for width in widths])
     mark()
     if variant.settings is not None:
         return train_list(model, variant.settings, columns)
     # Without init_sync: one of gloo's threads may be the last to hold what it broadcasts.
-    ddp = DDP(model, bucket_cap_mb=variant.bucket_mb, init_sync=False, **variant.options)
+    megabytes = sum(4 * width**2 for width in widths) / 2**20
+    ddp = DDP(
+        model,
+        bucket_cap_mb=2 * megabytes if variant.one_bucket else 0.9 * megabytes / BUCKETS,
+        init_sync=False,
+        **variant.options,
+    )
     if variant.who is None:
         ddp.register_comm_hook(None, noop_hook)  # plain DDP: what it averages over one rank, it leaves as it is
     attached = variant.who and variant.who.attach(ddp, rank=columns)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=1e-3)
-    batch = torch.randn(BATCH, WIDTH)
+    batch = torch.randn(BATCH, model[0].in_features)
     for _ in range(STEPS):
         with ddp.no_sync():
             ddp(batch).square().mean().backward()
@@ -167,7 +178,7 @@ def train_list(model: nn.Module, settings: Mapping[str, Any], columns: int) -> i
     """The same steps without DDP, the gradients freed after each: a plain list has no buckets to keep."""
     registration = distopt.register(model.named_parameters(), distopt.PowerSGD(columns), **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    batch = torch.randn(BATCH, WIDTH)
+    batch = torch.randn(BATCH, model[0].in_features)
     for _ in range(STEPS):
         for _ in range(2):
             model(batch).square().mean().backward()

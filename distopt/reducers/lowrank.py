@@ -265,14 +265,20 @@ class LowRankPlan(Plan):
         measured = gradient_norm is not None and state.figures is not None
         input_norm = math.hypot(*(operand.norm() for operand, _ in own)) if measured else 0.0
         room = self.settings.memory.room(slot, gradient, state)
+        in_place = room is gradient
         for operand, factors in own:
-            operand.settle(factors.left, factors.right, factors.own_left, factors.own_right, room)
+            if in_place:
+                operand.subtract(factors.own_left, factors.own_right)
+            else:
+                operand.settle(factors.left, factors.right, factors.own_left, factors.own_right, room)
         if gradient_norm is not None and state.figures is not None:
             raw = slot.parameter.numel() * slot.parameter.element_size()
             sent = sum(self._sent_bytes(operand.matrix, state) for operand, _ in own)
             state.figures[slot.name] = Figures(gradient_norm, input_norm, _norm(room), raw, sent)
         self.settings.memory.keep(slot, room, state)
         for operand, factors in own:
+            if in_place:
+                operand.deliver(factors.left, factors.right)
             if factors.next is not None:
                 state.factors[operand.matrix.key] = pack(factors.next, self.settings.factor_dtype)
 

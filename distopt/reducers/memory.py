@@ -87,11 +87,17 @@ class Memory:
         return unpack(residual, dtype) + gradient
 
     def room(self, slot: Slot, gradient: Tensor, state: State) -> Tensor:
-        """Where the new residual may be written: over the old one, if that is kept in the working dtype."""
+        """Where the new residual may be written: over the old one, if that is kept in the working dtype.
+
+        What is kept in another format needs its room only until it is stored: where the gradient's own memory holds
+        the input, it is that.
+        """
         residual = state.residuals.get(slot.name)
         dtype = working_dtype(slot)
         if isinstance(residual, Tensor) and residual.dtype == dtype and residual.is_contiguous():
             return residual
+        if self.dtype not in (None, dtype) and gradient.dtype == dtype and gradient.is_contiguous():
+            return gradient
         return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
 
     def keep(self, slot: Slot, residual: Tensor, state: State) -> None:

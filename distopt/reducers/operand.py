@@ -61,8 +61,7 @@ class Operand:
             own_right: what it put into ``right``.
             room: in the parameter's shape and the working dtype, contiguous; it may be the residual itself.
         """
-        first, second = (right.mT, left) if self.matrix.tall else (left.mT, right)
-        own_first, own_second = (own_right.mT, own_left) if self.matrix.tall else (own_left.mT, own_right)
+        (first, second), (own_first, own_second) = self._oriented(left, right), self._oriented(own_left, own_right)
         errors = self.matrix.rows(room)
         for here in self._blocks:
             target, error = _cut(self._rows, here), _cut(errors, here)
@@ -78,10 +77,31 @@ class Operand:
             part = self.matrix.part(self._whole)
             part.copy_(self._rows.view(part.shape))
 
+    def subtract(self, own_left: Tensor, own_right: Tensor) -> None:
+        """Leave what this rank has not sent in the gradient's own memory, which must hold M; `deliver` overwrites it.
+
+        Args:
+            own_left: what this rank put into Pᵀ.
+            own_right: what it put into Qᵀ.
+        """
+        first, second = self._oriented(own_left, own_right)
+        for here in self._blocks:
+            self._sum(here).addmm_(_cut(first, here), second, alpha=-1)
+
+    def deliver(self, left: Tensor, right: Tensor) -> None:
+        """Write P Qᵀ, the average, into the gradient's own memory."""
+        first, second = self._oriented(left, right)
+        for here in self._blocks:
+            torch.mm(_cut(first, here), second, out=_cut(self._rows, here))
+
     def norm(self) -> float:
         """Euclidean norm of M."""
         sums = (torch.linalg.vector_norm(self._sum(here), dtype=torch.float64) for here in self._blocks)
         return math.hypot(*map(float, sums))
+
+    def _oriented(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors whose product has the gradient's own orientation."""
+        return (right.mT, left) if self.matrix.tall else (left.mT, right)
 
     def _multiply(self, factor: Tensor, out: Tensor, summing: bool) -> None:
         """``factor`` times the rows, which sums over them, or times their transposes."""
