@@ -38,7 +38,7 @@ def test_error_feedback_takes_the_memory_of_default_ddp():
 
     A residual in 16 bits takes half of what one in float32 does; coding it, some pieces of a megabyte.
     """
-    layers, width = 24, 512
+    layers, width = 12, 1024
     labels = (memory.DEFAULT, memory.VIEW, "distopt, bucket view", "distopt, bucket view, 1-6-9 residual")
     by_label = {variant.label: variant for variant in memory.VARIANTS}
     plain, view, ours, packed = (run_ranks(1, memory.measure, by_label[label], 4, layers, width)[0] for label in labels)
@@ -46,4 +46,4 @@ def test_error_feedback_takes_the_memory_of_default_ddp():
     assert ours["live"] - plain["live"] < table + 0.04
     assert ours["peak"] - plain["peak"] < table + 0.2
     assert packed["live"] - view["live"] < 2 + table + 0.04
-    assert packed["peak"] - view["peak"] < 2 + table + 6 * 2**20 / (layers * width**2)
+    assert packed["peak"] - view["peak"] < 2 + table + 8 * 2**20 / (layers * width**2)
