@@ -213,6 +213,8 @@ class Engine:
             forwards: forward passes since the last step; 0 if that is not known.
             joining: whether ranks may run out of inputs, so that they have to be counted.
         """
+        if self._transaction is not None:  # of a pass that raised half way
+            self._transaction.call_off()
         self.communicator.step = self.tally.steps
         loss_scale = self.follow_scales()
         if self._watch.agreement or joining:
@@ -230,16 +232,19 @@ class Engine:
     def propose(
         self, names: tuple[str, ...], gradients: Sequence[Tensor], segments: Sequence[Tensor], flat: Tensor | None
     ) -> None:
-        """Reduce some gradients as far as can be before the whole step is known."""
+        """Begin to reduce some gradients, and go on with those before them."""
         assert self._transaction is not None
         self.tally.bytes_uncompressed += sum(g.numel() * g.element_size() for g in gradients)
         self._transaction.propose(self._plan(names).reduce(Bucket(gradients, segments, flat), self.state))
 
-    @property
-    def sound(self) -> bool:
-        """Whether everything averaged in the step under way was finite; the same on all ranks of the communicator."""
+    def complete(self) -> bool:
+        """Reduce everything as far as can be before the whole step is known.
+
+        Returns:
+            Whether all that was averaged in the step is finite; the same on all ranks of the communicator.
+        """
         assert self._transaction is not None
-        return self._transaction.sound
+        return self._transaction.complete()
 
     def finish(self, agreed: bool = True) -> bool:
         """Take the step, or drop it; tell which.
@@ -248,11 +253,11 @@ class Engine:
             agreed: whether ranks outside of the communicator take it as well.
         """
         assert self._transaction is not None
+        taken = self._transaction.complete() and agreed
         transaction, self._transaction = self._transaction, None
         tally = self.tally
         tally.steps += 1
         self.norms = {}
-        taken = transaction.sound and agreed
         if taken:
             raw, sent = transaction.commit()
             self.norms = {name: norm / self.unit(name) for name, norm in transaction.norms().items()}
