@@ -1,18 +1,23 @@
 """Buckets of a step overlap, in an order that nothing but they themselves decides, and with the same outcome."""
 
 import math
-import threading
+import random
+import time
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import distopt
+from distopt.attach import engine
 from distopt.attach.transaction import Transaction
 from distopt.comm.requests import Gather, Swap, Within
 from distopt.errors import PeerLostError
 from distopt.reducers.reducer import Proposal
+from tests.attach.models import batch, mlp, wrap
 from tests.processes import run_ranks
+from tests.simulation import plain
 
 
 class Pending:
@@ -161,9 +166,7 @@ def test_a_bucket_that_cannot_be_represented_drops_the_step():
     assert line.waited == line.begun
 
 
-@given(
-    counts=st.lists(st.integers(0, 3), min_size=1, max_size=6), place=st.integers(0, 5), before=st.integers(0, 3)
-)
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=6), place=st.integers(0, 5), before=st.integers(0, 3))
 def test_a_plan_that_fails(counts, place, before):
     """Its error is raised, and what was under way is waited for: nothing writes into memory any more."""
     place %= len(counts)
@@ -191,3 +194,59 @@ def test_a_lost_peer_is_raised_at_once():
     with pytest.raises(PeerLostError, match="rank 1"):
         transaction.propose(reduction(1, ["average"] * 2))
     assert line.waited == [(0, 0)]
+
+
+class OneByOne(Transaction):
+    """Ends with each bucket before it begins with the next."""
+
+    def propose(self, reduction):
+        super().propose(reduction)
+        self.complete()
+
+
+def trained(rank, transaction, reducer, bad_step):
+    """What a model of many buckets comes to; each rank's backward is held up here and there."""
+    torch.manual_seed(0)
+    engine.Transaction = transaction
+    chance = random.Random(rank)
+    model = wrap(mlp(layers=7), bucket_kib=9)
+    registration = distopt.register(model, reducer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: time.sleep(chance.choice([0, 0, 0.003])))
+    for step in range(6):
+        loss = model(batch(rank, step)).square().mean()
+        (loss * math.nan if step == bad_step and rank == 1 else loss).backward()
+        if all(parameter.grad.isfinite().all() for parameter in model.parameters()):
+            optimizer.step()
+        optimizer.zero_grad()
+    stats = registration.stats()
+    kept = [plain(residual) for residual in registration._engine.state.residuals.values()]
+    return [*model.parameters(), *kept], stats.skipped_steps, len(registration._attachment.layout())
+
+
+REDUCERS = {
+    "PowerSGD": distopt.PowerSGD(rank=2),
+    "alternate": distopt.PowerSGD(rank=2, passes="alternate"),
+    "coded": distopt.PowerSGD(rank=2, wire_dtype=torch.bfloat16),
+    "TopK": distopt.TopK(fraction=0.1),
+    "AllReduce": distopt.AllReduce(),
+    "mixed": distopt.ByName({"0.*": distopt.TopK(fraction=0.1)}, default=distopt.PowerSGD(rank=2)),
+}
+
+
+def overlapping_job(rank):
+    outcomes = {}
+    for name, reducer in REDUCERS.items():
+        (ours, *told), (theirs, *as_told) = (trained(rank, t, reducer, 3) for t in (Transaction, OneByOne))
+        same = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        outcomes[name] = same, told == as_told, *told
+    return outcomes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_overlapping_changes_no_bit(world):
+    """On real ranks, whose buckets come at times of their own."""
+    for outcomes in run_ranks(world, overlapping_job, timeout=240):
+        assert {name: found[:3] for name, found in outcomes.items()} == dict.fromkeys(REDUCERS, (True, True, 1))
+        assert all(buckets >= 4 for *_, buckets in outcomes.values())
