@@ -8,7 +8,7 @@ collectives meet their partners by that order.
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -105,9 +105,7 @@ class Transaction:
             self.call_off()
             return
         flight = self._flights.popleft()
-        with _labelled("distopt::communicate"):
-            answer = flight.pending.wait()
-        self._take(flight.number, flight.reduction, flight.request, answer)
+        self._take(flight.number, flight.reduction, flight.request, _waited(flight.pending))
 
     def _take(self, number: int, reduction: Reduction, request: Request, answer: Tensor) -> None:
         if isinstance(request, Tensor) and not all_finite(answer):
@@ -125,17 +123,15 @@ class Transaction:
             if returned.value is None:
                 self.sound = False
             return
-        with _labelled("distopt::communicate"):
-            pending = self._communicator.start(request)
+        pending = self._communicator.start(request)
+        if isinstance(request, Within):
             # Parts of the ranks may ask for more rounds than others: no other bucket can come in between.
-            answer = pending.wait() if isinstance(request, Within) else None
-        if answer is None:
-            self._flights.append(_Flight(number, reduction, request, pending))
+            self._take(number, reduction, request, _waited(pending))
         else:
-            self._take(number, reduction, request, answer)
+            self._flights.append(_Flight(number, reduction, request, pending))
 
     @contextlib.contextmanager
-    def _calling_off(self) -> Iterator[None]:
+    def _calling_off(self) -> Generator[None]:
         """After an error, let nothing write into memory that others believe to be theirs."""
         try:
             yield
@@ -158,6 +154,11 @@ _NOTHING = contextlib.nullcontext()
 def _compress(reduction: Reduction, answer: Tensor | None) -> Request:
     with _labelled("distopt::compress"):
         return next(reduction) if answer is None else reduction.send(answer)
+
+
+def _waited(pending: Pending) -> Tensor:
+    with _labelled("distopt::communicate"):
+        return pending.wait()
 
 
 def spoil(gradients: Iterator[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Process groups of our own, and the few collectives that reducers need."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -217,7 +217,7 @@ class Communicator:
         return Pending(work, answer, lambda: self._blaming(what, number))
 
     @contextlib.contextmanager
-    def _blaming(self, what: str, number: int) -> Iterator[None]:
+    def _blaming(self, what: str, number: int) -> Generator[None]:
         """Find out why a collective fails in here."""
         try:
             yield
