@@ -139,9 +139,17 @@ def copy_rate() -> float:
 class _Alone:
     """The communicator of a rank that is alone: an average is the tensor itself."""
 
-    def answer(self, request: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self._request = torch.empty(0)
+
+    def start(self, request: Tensor) -> "_Alone":
+        """Begin what is asked for, which is done at once."""
+        self._request = request
+        return self
+
+    def wait(self) -> Tensor:
         """What was asked for."""
-        return request
+        return self._request
 
 
 def ours(shapes: Shapes, bucket: Tensor, rank: int, passes: str = "both") -> Callable[[], None]:
@@ -157,7 +165,7 @@ def ours(shapes: Shapes, bucket: Tensor, rank: int, passes: str = "both") -> Cal
     def step() -> None:
         transaction = Transaction(_Alone())  # pyright: ignore[reportArgumentType]
         transaction.propose(plan.reduce(Bucket(gradients, segments, bucket), state))
-        assert transaction.sound
+        assert transaction.complete()
         transaction.commit()
         state.step += 1
 

@@ -57,6 +57,7 @@ BENCHES = (
     Bench("stability", "bench.stability", ("--steps", "1000")),
     Bench("low_rank_error", "bench.low_rank_error", ("--ranks", "4", "32")),
     Bench("memory", "bench.memory"),
+    Bench("overlap", "bench.overlap"),
     Bench("optimizer", "bench.optimizer", ("--rounds", "10")),
     Bench("dalle_speed", "bench.dalle_speed", ("--sizes", "demo", "--rounds", "8")),
     Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "200")),

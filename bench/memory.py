@@ -205,6 +205,9 @@ class Done:
         """The tensor as it is."""
         return self._future
 
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
 
 @contextlib.contextmanager
 def on_one_thread() -> Iterator[None]:

@@ -118,7 +118,8 @@ class Registered(Trained):
         super().__init__(workload, model)
         self._registration, self._before, self._seconds = registration, 0, 0.0
         engine = registration._engine
-        engine.propose, engine.finish = self._timed(engine.propose), self._timed(engine.finish)
+        for act in ("propose", "complete", "finish"):
+            setattr(engine, act, self._timed(getattr(engine, act)))
 
     def payload(self) -> float:
         """See `Way.payload`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from distopt.attach.cutting import Bucketful, Part, cut
 from distopt.attach.engine import Engine
 from distopt.attach.exemptions import plain_name
 from distopt.attach.gradients import gradients_of
@@ -40,12 +41,12 @@ class _Step:
     """A backward pass under way."""
 
     units: list[tuple[str, ...]] | None  # the layout to keep to; None: whatever buckets come
-    arrived: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    arrived: dict[str, Part] = dataclasses.field(default_factory=dict[str, Part])
     waiting: list[tuple[Future[Tensor], Tensor]] = dataclasses.field(
         default_factory=list[tuple[Future[Tensor], Tensor]]
     )
     copied: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list[tuple[Tensor, Tensor]])
-    layout: list[list[str]] = dataclasses.field(default_factory=list[list[str]])
+    layout: list[Sequence[str]] = dataclasses.field(default_factory=list[Sequence[str]])
     error: Exception | None = None
 
 
@@ -69,7 +70,9 @@ class DDPAttachment:
         self._worker = Worker("distopt-ddp")
         self._step: _Step | None = None
         self._error: Exception | None = None
-        self._layout: list[list[str]] = []
+        self._layout: Sequence[Sequence[str]] = []
+        self._cut: dict[int, Bucketful] = {}
+        self._passes = 0
         self._kept: tuple[list[tuple[str, ...]], int] = ([], 0)
 
     def settle(self) -> None:
@@ -102,10 +105,7 @@ class DDPAttachment:
         buffer = bucket.buffer()
         on_device = buffer.device.type != "cpu"
         future: Future[Tensor] = Future(devices=[buffer.device]) if on_device else Future()
-        parts = {
-            self._names[id(parameter)]: _parts(buffer, start, parameter)
-            for parameter, start in zip(bucket.parameters(), _starts(buffer, bucket.parameters()), strict=True)
-        }
+        bucketful = self._bucketful(bucket, buffer)
         ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
         first, last = bucket.index() == 0, bucket.is_last()
         # Outside of a backward pass it is ``Join`` that calls, for a rank that has run out of inputs.
@@ -113,21 +113,36 @@ class DDPAttachment:
         forwards = self._forwards if in_backward else 0
         if last:
             self._forwards = 0
+            self._passes += 1
         if last and in_backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._raise)  # pyright: ignore
 
         def job() -> None:
             if ready is not None:
                 torch.cuda.current_stream(buffer.device).wait_event(ready)
-            step = self._begin(tuple(parts), forwards) if first or self._step is None else self._step
+            step = self._begin(bucketful.names, forwards) if first or self._step is None else self._step
             step.waiting.append((future, buffer))
-            self._guarded(step, lambda: self._deliver(step, parts, buffer))
+            self._guarded(step, lambda: self._deliver(step, bucketful))
             if last:
                 self._guarded(step, lambda: self._finish(step))
                 self._release(step)
 
         self._worker.submit(job)
         return future
+
+    def _bucketful(self, bucket: Any, buffer: Tensor) -> Bucketful:
+        """The gradients of a bucket: those of the step before, if they lie in the same memory."""
+        index: int = bucket.index()
+        known = self._cut.get(index)
+        # As long as we hold on to the memory of a bucket, no other one can have its address.
+        if known is not None and known.buffer.data_ptr() == buffer.data_ptr() != 0:
+            return known
+        if known is not None:
+            self._cut.clear()
+        found = cut(buffer, {self._names[id(parameter)]: parameter for parameter in bucket.parameters()})
+        if self._passes >= STEPS_TO_SETTLE:  # DDP would not be rid of its first buckets otherwise
+            self._cut[index] = found
+        return found
 
     def forget_forwards(self) -> None:
         """Count forward passes from here on: the ranks have agreed beforehand on those since the last step."""
@@ -181,51 +196,45 @@ class DDPAttachment:
         except Exception as error:
             step.error = error
 
-    def _deliver(self, step: _Step, parts: dict[str, tuple[Tensor, Tensor]], buffer: Tensor) -> None:
+    def _deliver(self, step: _Step, bucketful: Bucketful) -> None:
         """Reduce the units that are complete with this bucket."""
-        names = tuple(parts)
-        if step.units is None or step.units[:1] == [names]:
+        if step.units is None or step.units[:1] == [bucketful.names]:
             if step.units is not None:
                 step.units.pop(0)
-            self._propose(step, names, parts, buffer)
+            self._propose(step, bucketful, bucketful.buffer)
             return
-        step.arrived.update(parts)
+        step.arrived.update(bucketful.parts())
         while step.units and all(name in step.arrived for name in step.units[0]):
             unit = step.units.pop(0)
-            self._propose(step, unit, *self._gathered(step, {name: step.arrived.pop(name) for name in unit}))
+            gathered = self._gathered(step, {name: step.arrived.pop(name) for name in unit})
+            self._propose(step, gathered, gathered.buffer)
 
-    def _gathered(
-        self, step: _Step, parts: dict[str, tuple[Tensor, Tensor]]
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    def _gathered(self, step: _Step, parts: dict[str, Part]) -> Bucketful:
         """Copy gradients to where they would lie in a bucket of their own.
 
         The last bits of a matrix product depend on how its operands are aligned in memory: buckets of the same names
         must be the same in this as well.
         """
-        first = next(iter(parts.values()))[1]
-        flat = first.new_empty(sum(segment.numel() for _, segment in parts.values()))
-        parameters = [self._engine.slots[name].parameter for name in parts]
-        places = zip(parts, parameters, _starts(flat, parameters), strict=True)
-        copies = {name: _parts(flat, start, parameter) for name, parameter, start in places}
-        pairs = [(parts[name][1], copies[name][1]) for name in parts]
+        first = next(iter(parts.values())).segment
+        flat = first.new_empty(sum(part.segment.numel() for part in parts.values()))
+        gathered = cut(flat, {name: self._engine.slots[name].parameter for name in parts})
+        pairs = [(part.segment, copy) for part, copy in zip(parts.values(), gathered.segments, strict=True)]
         for original, copy in pairs:
             copy.copy_(original)
         step.copied.extend(pairs)
-        return copies, flat
+        return gathered
 
-    def _propose(
-        self, step: _Step, names: tuple[str, ...], parts: dict[str, tuple[Tensor, Tensor]], flat: Tensor | None
-    ) -> None:
-        step.layout.append(list(names))
-        gradients, segments = zip(*(parts[name] for name in names), strict=True)
-        self._engine.propose(names, gradients, segments, flat)
+    def _propose(self, step: _Step, bucketful: Bucketful, flat: Tensor | None) -> None:
+        step.layout.append(bucketful.names)
+        self._engine.propose(bucketful.names, bucketful.gradients, bucketful.segments, flat)
 
     def _finish(self, step: _Step) -> None:
         """Take or drop the step, now that all of it is known."""
         if step.arrived:
             # The kept layout does not cover these: a parameter that was frozen when the state was saved.
-            names = tuple(step.arrived)
-            self._propose(step, names, step.arrived, None)
+            gradients, segments = zip(*step.arrived.values(), strict=True)
+            step.layout.append(tuple(step.arrived))
+            self._engine.propose(tuple(step.arrived), gradients, segments, None)
         self._layout = step.layout
         taken = self._engine.finish()
         for original, copy in step.copied:
@@ -244,35 +253,3 @@ class DDPAttachment:
                 future.set_result(buffer)
             else:
                 future.set_exception(step.error)  # pyright: ignore[reportArgumentType]  torch annotates a result
-
-
-def _starts(buffer: Tensor, parameters: Sequence[Tensor]) -> Sequence[int]:
-    """Where each parameter's gradient begins in the bucket. Complex ones lie there as pairs of real numbers."""
-    starts = [int(buffer.storage_offset())]
-    for parameter in parameters:
-        starts.append(starts[-1] + parameter.numel() * (2 if parameter.is_complex() else 1))
-    return starts[:-1]
-
-
-def _parts(buffer: Tensor, start: int, parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """A parameter's gradient in the bucket, in the parameter's own shape and layout, and as the segment that it is.
-
-    `GradBucket.gradients()` cuts the buffer as if every parameter were real and row-major. DDP lays a dense gradient
-    out like its parameter, so that the numbers of a transposed or channels-last one stand elsewhere.
-    """
-    numbers = parameter.numel() * (2 if parameter.is_complex() else 1)
-    segment = buffer.as_strided((numbers,), (1,), start)
-    flat = torch.view_as_complex(segment.view(-1, 2)) if parameter.is_complex() else segment
-    if parameter.is_contiguous() or not _is_dense(parameter):
-        return flat.view(parameter.shape), segment
-    return flat.as_strided(parameter.shape, parameter.stride(), flat.storage_offset()), segment
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distopt.attach.shards import Shards
 from distopt.attach.transaction import Transaction
-from distopt.attach.units import scale_of
+from distopt.attach.units import changes, is_scaled, scale_of
 from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.errors import SettingError
@@ -92,6 +92,10 @@ class Engine:
         self.shards = shards
         self.paused = False
         self._units: dict[str, float] = {}
+        self._followed: tuple[float, int] | None = None
+        """The loss scale and the declarations that the residuals follow already."""
+        self._scaled: Sequence[str] = ()
+        """Those whose gradients are scaled on their own besides."""
         self._loss_scale = 1.0
         self._grad_scaler = grad_scaler
         self.figures: Mapping[str, Figures] = {}
@@ -204,6 +208,7 @@ class Engine:
         """Go on from another state, in unscaled units; from nothing if there is none."""
         self.state = state or State()
         self._units.clear()
+        self._followed = None
 
     def begin(self, names: tuple[str, ...], forwards: int = 0, *, joining: bool = False) -> None:
         """Open a step, once all ranks are known to do the same.
@@ -213,6 +218,8 @@ class Engine:
             forwards: forward passes since the last step; 0 if that is not known.
             joining: whether ranks may run out of inputs, so that they have to be counted.
         """
+        if self._transaction is not None:  # of a pass that raised half way
+            self._transaction.call_off()
         self.communicator.step = self.tally.steps
         loss_scale = self.follow_scales()
         if self._watch.agreement or joining:
@@ -230,16 +237,20 @@ class Engine:
     def propose(
         self, names: tuple[str, ...], gradients: Sequence[Tensor], segments: Sequence[Tensor], flat: Tensor | None
     ) -> None:
-        """Reduce some gradients as far as can be before the whole step is known."""
+        """Begin to reduce some gradients, and go on with those before them."""
         assert self._transaction is not None
-        self.tally.bytes_uncompressed += sum(g.numel() * g.element_size() for g in gradients)
+        whole = [flat] if flat is not None else gradients
+        self.tally.bytes_uncompressed += sum(tensor.nbytes for tensor in whole)
         self._transaction.propose(self._plan(names).reduce(Bucket(gradients, segments, flat), self.state))
 
-    @property
-    def sound(self) -> bool:
-        """Whether everything averaged in the step under way was finite; the same on all ranks of the communicator."""
+    def complete(self) -> bool:
+        """Reduce everything as far as can be before the whole step is known.
+
+        Returns:
+            Whether all that was averaged in the step is finite; the same on all ranks of the communicator.
+        """
         assert self._transaction is not None
-        return self._transaction.sound
+        return self._transaction.complete()
 
     def finish(self, agreed: bool = True) -> bool:
         """Take the step, or drop it; tell which.
@@ -248,14 +259,15 @@ class Engine:
             agreed: whether ranks outside of the communicator take it as well.
         """
         assert self._transaction is not None
+        taken = self._transaction.complete() and agreed
         transaction, self._transaction = self._transaction, None
         tally = self.tally
         tally.steps += 1
         self.norms = {}
-        taken = transaction.sound and agreed
         if taken:
             raw, sent = transaction.commit()
-            self.norms = {name: norm / self.unit(name) for name, norm in transaction.norms().items()}
+            units = ((name, norm, self.unit(name)) for name, norm in transaction.norms().items())
+            self.norms = {name: norm if unit == 1 else norm / unit for name, norm, unit in units}
             tally.matrix_bytes_uncompressed += raw
             tally.matrix_bytes_sent += sent
             self.state.step += 0 if self.paused else 1
@@ -281,8 +293,15 @@ class Engine:
         """Express the residuals in the units that gradients have at present; gives what the loss is multiplied by."""
         loss_scale = self._loss_scale if self._grad_scaler is None else self._grad_scaler.get_scale()
         residuals = self.state.residuals
-        for name, slot in self.slots.items():
-            unit = loss_scale * scale_of(slot.parameter)
+        followed = (loss_scale, changes())
+        if followed != self._followed:
+            self._followed = followed
+            self._scaled = [name for name, slot in self.slots.items() if is_scaled(slot.parameter)]
+            names = list(self.slots)
+        else:
+            names = self._scaled
+        for name in names:
+            unit = loss_scale * scale_of(self.slots[name].parameter)
             if name in residuals and unit != self.unit(name):
                 residuals[name] = times(residuals[name], unit / self.unit(name))
             self._units[name] = unit

@@ -37,6 +37,7 @@ class _Step:
     earlier: dict[str, Tensor] = dataclasses.field(default_factory=dict[str, Tensor])
     """Averages of passes before that nobody took away, to be added in the end."""
     begun: bool = False
+    sound: bool = False
     error: Exception | None = None
 
 
@@ -231,12 +232,15 @@ class FSDPAttachment:
         if step.error is not None:
             raise step.error
 
+    def _complete(self, step: _Step) -> None:
+        step.sound = self._engine.complete()
+
     def _settle_on(self, step: _Step) -> None:
+        _guarded(step, lambda: self._complete(step))
         if isinstance(step.error, PeerLostError):  # the others see it by themselves, when this rank is gone
             return
         device = next(iter(step.arrived.values())).device
-        sound = step.error is None and self._engine.sound
-        if self._engine.finish(self._shards.agree(sound, step.error, device)):
+        if self._engine.finish(self._shards.agree(step.sound, step.error, device)):
             for name, earlier in step.earlier.items():
                 step.arrived[name].add_(earlier)
                 self._engine.norms.pop(name, None)  # it is not that of the sum

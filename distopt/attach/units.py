@@ -20,6 +20,7 @@ class GradientScaling(Protocol):
 
 
 _SCALED: Any = WeakTensorKeyDictionary()
+_CHANGES = [0]
 
 
 def declare(parameter: Tensor, scaling: GradientScaling, index: int) -> None:
@@ -31,11 +32,23 @@ def declare(parameter: Tensor, scaling: GradientScaling, index: int) -> None:
         index: what to ask it for.
     """
     _SCALED[parameter] = (weakref.ref(scaling), index)
+    _CHANGES[0] += 1
 
 
 def withdraw(parameter: Tensor) -> None:
     """Say that ``.grad`` of a parameter is as the loss has it again."""
     _SCALED.pop(parameter, None)
+    _CHANGES[0] += 1
+
+
+def changes() -> int:
+    """Give how often scales have been declared or withdrawn: as long as it is the same, so is who scales what."""
+    return _CHANGES[0]
+
+
+def is_scaled(parameter: Tensor) -> bool:
+    """Tell whether anybody has said to scale ``.grad`` of a parameter."""
+    return parameter in _SCALED
 
 
 def scale_of(parameter: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Process groups of our own, and the few collectives that reducers need."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -12,6 +13,33 @@ from distopt.comm.agreement import device_of
 from distopt.comm.requests import Gather, Request, Swap, Within
 from distopt.comm.witness import Witness
 from distopt.errors import DistoptError, PeerLostError
+
+
+class Pending:
+    """A collective under way.
+
+    Args:
+        work: the backend's handle of it.
+        answer: what holds the outcome when it is over.
+        blaming: names the rank to blame for an error raised inside of it.
+    """
+
+    def __init__(
+        self, work: dist.Work, answer: Tensor, blaming: Callable[[], contextlib.AbstractContextManager[None]]
+    ) -> None:
+        self._work = work
+        self._answer = answer
+        self._blaming = blaming
+
+    def wait(self) -> Tensor:
+        """Wait for the outcome; on an accelerator the current stream does.
+
+        Raises:
+            PeerLostError: as in `Communicator.guard`.
+        """
+        with self._blaming():
+            self._work.wait()
+        return self._answer
 
 
 class Communicator:
@@ -70,17 +98,24 @@ class Communicator:
 
     def answer(self, request: Request) -> Tensor:
         """Carry out what a reduction asks for; every rank of the group asks for the like."""
+        return self.start(request).wait()
+
+    def start(self, request: Request) -> Pending:
+        """Begin what a reduction asks for. Several may be under way, begun in the same order on every rank.
+
+        The request's tensor is the collective's until that is over.
+        """
         if isinstance(request, Within):
             part = self._parts[request.part]
             part.step, before = self.step, part.bytes_sent
-            answer = part.answer(request.request)
+            pending = part.start(request.request)
             self.bytes_sent += part.bytes_sent - before
-            return answer
+            return pending
         if isinstance(request, Swap):
             return self._swap(request.rows)
         if isinstance(request, Gather):
             return self._gather(request)
-        return self.average_(request)
+        return self._average(request)
 
     def average_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its average over the ranks, bitwise the same on each of them.
@@ -94,11 +129,7 @@ class Communicator:
         Returns:
             ``tensor`` itself.
         """
-        tensor.mul_(1.0 / self.world_size)
-        wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        self.guard("an all-reduce", dist.all_reduce, wire, group=self.group)
-        self._count(tensor)
-        return tensor
+        return self._average(tensor).wait()
 
     def maximum_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its elementwise maximum over the ranks.
@@ -143,13 +174,8 @@ class Communicator:
         Raises:
             PeerLostError: on every rank, with the rank that is to blame. The group is of no use any more.
         """
-        self._witness.begin(self.step)
-        try:
+        with self._blaming(what, self._witness.begin(self.step)):
             return collective(*args, **kwargs)
-        except RuntimeError as error:
-            if isinstance(error, DistoptError):
-                raise
-            raise self.blame(error, what) from error
 
     def blame(self, error: RuntimeError, what: str) -> PeerLostError:
         """Find out why a collective failed, one of ours or one that the trainer issued on these ranks.
@@ -163,22 +189,42 @@ class Communicator:
         """
         return self._witness.blame(error, what)
 
-    def _swap(self, rows: Tensor) -> Tensor:
-        answer = torch.empty_like(rows)
-        self.guard("an all-to-all", dist.all_to_all_single, answer, rows, group=self.group)
-        self._count(rows)
-        return answer
+    def _average(self, tensor: Tensor) -> Pending:
+        tensor.mul_(1.0 / self.world_size)
+        wire = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        self._count(tensor)
+        return self._begun("an all-reduce", tensor, dist.all_reduce, wire)
 
-    def _gather(self, request: Gather) -> Tensor:
+    def _swap(self, rows: Tensor) -> Pending:
+        answer = torch.empty_like(rows)
+        self._count(rows)
+        return self._begun("an all-to-all", answer, dist.all_to_all_single, answer, rows)
+
+    def _gather(self, request: Gather) -> Pending:
         tensor = request.tensor
         answer = tensor.new_empty((self.world_size, *tensor.shape))
         # all_gather_into_tensor is called all_gather_single from torch 2.13 on; gloo takes one dimension only.
         name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-        gather = cast(Callable[..., object], getattr(dist, name))
-        self.guard("an all-gather", gather, answer.view(-1), tensor.reshape(-1), group=self.group)
+        gather = cast(Callable[..., Any], getattr(dist, name))
         if not request.returning:
             self._count(tensor)
-        return answer
+        return self._begun("an all-gather", answer, gather, answer.view(-1), tensor.reshape(-1))
+
+    def _begun(self, what: str, answer: Tensor, collective: Callable[..., Any], *args: Tensor) -> Pending:
+        number = self._witness.begin(self.step)
+        with self._blaming(what, number):
+            work = collective(*args, group=self.group, async_op=True)
+        return Pending(work, answer, lambda: self._blaming(what, number))
+
+    @contextlib.contextmanager
+    def _blaming(self, what: str, number: int) -> Generator[None]:
+        """Find out why a collective fails in here."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, DistoptError):
+                raise
+            raise self._witness.blame(error, what, number) from error
 
     def _count(self, tensor: Tensor) -> None:
         self.bytes_sent += tensor.numel() * tensor.element_size()

@@ -36,7 +36,7 @@ class Report:
     Args:
         rank: who reports.
         step: the step it was in.
-        collective: how many collectives it had begun.
+        collective: the number of the one that failed, in the order in which they were begun.
         what: the collective that failed, in words.
         error: the first line of the error.
         lost: ranks that had closed their connection to it.
@@ -96,21 +96,26 @@ class Witness:
         """
         self._groups = [self._group, *parts]
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> int:
         """Count a collective that is about to be called. No traffic.
 
         Args:
             step: the step it belongs to.
+
+        Returns:
+            Its number.
         """
         self._step = step
         self._collective += 1
+        return self._collective
 
-    def blame(self, error: BaseException, what: str) -> PeerLostError:
+    def blame(self, error: BaseException, what: str, collective: int | None = None) -> PeerLostError:
         """Find out why a collective failed. Closes the group's connections: it is of no use afterwards.
 
         Args:
             error: what the collective raised.
             what: the collective, in words: ``the all-reduce of bucket 3``.
+            collective: its number, if others may have been begun since.
 
         Returns:
             The error to raise, with the ranks to blame; after the first call always the same one.
@@ -118,7 +123,8 @@ class Witness:
         if self._verdict is None:
             lost, expired = _connections(self._groups)
             text = next(iter(str(error).splitlines()), "") or type(error).__name__
-            mine = Report(self._rank, self._step, self._collective, what, text, lost, expired)
+            number = self._collective if collective is None else collective
+            mine = Report(self._rank, self._step, number, what, text, lost, expired)
             reports = {self._rank: mine}
             reachable = _within(self._grace, lambda: self._post(mine))
             for group in self._groups:

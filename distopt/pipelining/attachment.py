@@ -137,7 +137,7 @@ class PipelineAttachment:
         for names in blocks:
             gradients = [piece_of(self._gradient(name)) for name in names]
             self._engine.propose(names, gradients, [segment_of(gradient) for gradient in gradients], None)
-        return self._engine.sound
+        return self._engine.complete()
 
     def _present(self) -> set[str]:
         """Parameters that have a gradient in any replica; where this one has none, it gets one of zeros."""

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import distopt
-from distopt.comm.communicator import Communicator
+from distopt.comm.communicator import Communicator, Pending
 from distopt.reducers.reducer import Reducer
 from tests.faults.draw import WIDTH, batch, loss, net, reducer
 from tests.faults.injections import digest
@@ -80,20 +80,24 @@ class Delays:
         if self._chance.random() < self._plan.often:
             time.sleep(self._chance.random() * self._plan.longest)
 
-    @contextlib.contextmanager
-    def everywhere(self, model: nn.Module) -> Iterator[None]:
-        """In the input, in each layer, in backward as each gradient is made, and around each collective."""
-        undelayed = Communicator.guard
-
-        def guard(*args: Any, **kwargs: Any) -> Any:
+    def _around(self, undelayed: Callable[..., Any]) -> Callable[..., Any]:
+        def delayed(*args: Any, **kwargs: Any) -> Any:
             self.wait()
             answer = undelayed(*args, **kwargs)
             self.wait()
             return answer
 
+        return delayed
+
+    @contextlib.contextmanager
+    def everywhere(self, model: nn.Module) -> Iterator[None]:
+        """In the input, in each layer, in backward as each gradient is made, and around each collective."""
         handles = [module.register_forward_pre_hook(self.wait) for module in model.modules()]
         handles += [p.register_hook(self.wait) for p in model.parameters() if p.requires_grad]
-        with mock.patch.object(Communicator, "guard", guard):
+        places = [(Communicator, "guard"), (Communicator, "start"), (Pending, "wait")]
+        with contextlib.ExitStack() as stack:
+            for owner, name in places:
+                stack.enter_context(mock.patch.object(owner, name, self._around(getattr(owner, name))))
             yield
         for handle in handles:
             handle.remove()
