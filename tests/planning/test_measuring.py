@@ -1,5 +1,6 @@
 """What is timed is of a sensible size, and what is charged for compression is what it does."""
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from distopt.planning.costs import ALTERNATE, BOTH, CAST
 from distopt.planning.measuring import measure, measure_processor
 from distopt.reducers.reducer import Bucket, Place, Slot, State
 from tests.processes import run_ranks
+from tests.reducers.test_passes import traffic
 
 VIEWS = {
     "view", "t", "transpose", "split", "slice", "select", "detach", "alias", "unsqueeze", "expand", "_unsafe_view",
@@ -71,6 +73,13 @@ def test_passes_are_those_of_the_reducers(reducer, efforts):
         assert effort.passes - 0.5 <= counted <= effort.passes + 4.5
 
 
+@pytest.mark.parametrize(("passes", "efforts"), [("both", BOTH), ("alternate", ALTERNATE)])
+def test_passes_are_those_over_memory(passes, efforts):
+    """Exactly, where what stays in the cache is not counted twice."""
+    counted = traffic(passes, torch.float32, in_place=False, steps=2)
+    assert sum(effort.passes for effort in efforts) == sum(counted)
+
+
 def measured(rank):
     measuring._LARGEST, measuring._SIDE = 2**23, 256  # for a rough answer, soon
     return measure(algorithm="ring")
@@ -79,7 +88,7 @@ def measured(rank):
 def test_two_ranks_measure_the_same_link():
     (link, processor), (other, _) = run_ranks(2, measured)
     assert link == other
-    for rate in (*link, processor.memory_rate, processor.flops_rate, processor.bucket_seconds):
+    for rate in (*link, *dataclasses.astuple(processor)):
         assert 0 < rate < math.inf  # how large is the machine's business
 
 
