@@ -5,6 +5,7 @@
 Run as a module of its own by each rank of the lab's hosts.
 """
 
+import dataclasses
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distopt.planning.measuring import measure_link, measure_processor
+from distopt.planning.overheads import measure_overheads
 
 RANKS_A_HOST = {"replicated": 1, "sharded": 2}
 HOOKS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,7 +79,7 @@ def _rank() -> None:
     network.limit(None)
     dist.barrier()
     if ranks == 1:
-        rates = measure_processor("cpu")
+        rates = dataclasses.replace(measure_processor("cpu"), **measure_overheads(pairs[0])._asdict())
         fields = ("memory_rate", "flops_rate", "bucket_seconds", "matrix_seconds")
         processor = {field: getattr(rates, field) for field in fields}
         records.append({"kind": "processor", "cores": os.cpu_count(), **processor})

@@ -1,5 +1,6 @@
 """A link and a processor, timed in a second or two: where `plan` is not told their rates."""
 
+import dataclasses
 import math
 import statistics
 import time
@@ -14,6 +15,7 @@ from distopt.comm.communicator import Communicator
 from distopt.errors import SettingError
 from distopt.planning.costs import BOTH
 from distopt.planning.machine import Algorithm, Processor
+from distopt.planning.overheads import measure_overheads
 from distopt.reducers.powersgd import PowerSGD
 from distopt.reducers.reducer import Bucket, Place, Plan, Slot, State
 
@@ -42,10 +44,11 @@ class Link(NamedTuple):
 
 
 def measure(process_group: dist.ProcessGroup | None = None, algorithm: Algorithm = "tree") -> tuple[Link, Processor]:
-    """Time the link between the ranks and what this machine computes, in a second or two. Collective.
+    """Time the link between the ranks and what this machine computes, in a few seconds. Collective.
 
     What comes back is what `plan` takes as ``bandwidth``, ``latency``, ``cpu_seconds_per_byte``, ``memory_rate``,
-    ``flops_rate``, ``bucket_seconds`` and ``matrix_seconds``. All ranks compute at the same time, as they do in a step.
+    ``flops_rate``, ``bucket_seconds`` and ``matrix_seconds``. Without an accelerator, the last two are timed in
+    training steps. All ranks compute at the same time, as they do in a step.
 
     Args:
         process_group: of the ranks; the default one if ``None``.
@@ -54,8 +57,10 @@ def measure(process_group: dist.ProcessGroup | None = None, algorithm: Algorithm
     Raises:
         SettingError: if there is no process group.
     """
-    link = measure_link(process_group, algorithm)
-    return link, measure_processor()
+    link, processor = measure_link(process_group, algorithm), measure_processor()
+    if dist.get_world_size(process_group) > 1 and not torch.cuda.is_available():
+        processor = dataclasses.replace(processor, **measure_overheads(process_group)._asdict())
+    return link, processor
 
 
 def measure_link(process_group: dist.ProcessGroup | None = None, algorithm: Algorithm = "tree") -> Link:
@@ -140,9 +145,12 @@ def _compressing(matrices: int, side: int, rank: int, device: torch.device) -> C
     segments = list(flat.split(side**2))
     bucket = Bucket([segment.view(side, side) for segment in segments], segments, flat)
 
+    # A processor with one thread tells what it has had of it, whatever else the machine does.
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
     def seconds() -> float:
         flat.normal_()
-        return _timed(lambda: _carry_out(plan, bucket, state), device)
+        return _timed(lambda: _carry_out(plan, bucket, state), device, clock)
 
     return seconds
 
@@ -161,11 +169,11 @@ def _carry_out(plan: Plan, bucket: Bucket, state: State) -> None:
             state.step += 1
 
 
-def _timed(act: Callable[[], object], device: torch.device) -> float:
+def _timed(act: Callable[[], object], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     act()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began

@@ -1,6 +1,5 @@
 """What is timed is of a sensible size, and what is charged for compression is what it does."""
 
-import dataclasses
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import distopt
 from distopt.comm.requests import Gather, Swap
-from distopt.planning import measuring
+from distopt.planning import measuring, overheads
 from distopt.planning.costs import ALTERNATE, BOTH, CAST
 from distopt.planning.measuring import measure, measure_processor
 from distopt.reducers.reducer import Bucket, Place, Slot, State
@@ -81,15 +80,21 @@ def test_passes_are_those_over_memory(passes, efforts):
 
 
 def measured(rank):
-    measuring._LARGEST, measuring._SIDE = 2**23, 256  # for a rough answer, soon
-    return measure(algorithm="ring")
+    measuring._LARGEST, measuring._SIDE = 2**22, 256  # for a rough answer, soon
+    overheads._STEPS, overheads._WARM_UP, overheads._SCRATCH = 2, 1, 1
+    timed = []
+    measuring.measure_overheads = lambda group: timed.append(overheads.measure_overheads(group)) or timed[0]
+    return *measure(algorithm="ring"), timed[0]
 
 
 def test_two_ranks_measure_the_same_link():
-    (link, processor), (other, _) = run_ranks(2, measured)
+    (link, processor, timed), (other, *_) = run_ranks(2, measured)
     assert link == other
-    for rate in (*link, *dataclasses.astuple(processor)):
+    for rate in (*link, processor.memory_rate, processor.flops_rate):
         assert 0 < rate < math.inf  # how large is the machine's business
+    # The constants are those of training steps.
+    assert (processor.bucket_seconds, processor.matrix_seconds) == timed
+    assert 0 <= min(timed) < max(timed) < math.inf
 
 
 def test_a_rate_that_is_not_told_is_timed(monkeypatch):
