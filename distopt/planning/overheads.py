@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hoo
 from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.register import register
+from distopt.comm.communicator import Communicator
 from distopt.reducers.powersgd import PowerSGD
 
 _SIDE, _RANK, _MATRICES, _BUCKETS = 64, 4, 16, 8
@@ -42,10 +43,11 @@ def measure_overheads(process_group: dist.ProcessGroup | None = None) -> Overhea
     models = {(*layout, works): _model(*layout, works, process_group) for layout in layouts for works in (False, True)}
     taken: dict[tuple[int, int, bool], list[float]] = {key: [] for key in models}
     rows, scratch = torch.randn(4, _SIDE), torch.zeros(_SCRATCH)
+    together = Communicator(process_group or dist.distributed_c10d._get_default_group())  # pyright: ignore
     for _ in range(_WARM_UP + _STEPS):
         for key, model in models.items():
             scratch.add_(1)  # leaves nothing else in the caches
-            dist.barrier(process_group)
+            together.gather_numbers([0.0])
             taken[key].append(_step(model, rows))
     medians = {key: statistics.median(seconds[_WARM_UP:]) for key, seconds in taken.items()}
     one, many, divided = (medians[*layout, True] - medians[*layout, False] for layout in layouts)

@@ -75,10 +75,8 @@ def plan(
             compression on this machine, which takes a second.
         flops_rate: operations a second in thin matrix products; 10 for each byte of ``memory_rate`` if ``None``.
         bucket_seconds: what compressing a bucket takes besides.
-        matrix_seconds: what compressing a matrix takes besides. Like ``bucket_seconds``, measured where ``memory_rate``
-            is.
-        cpu_seconds_per_byte: processor time of a rank for each byte that it sends, as over TCP; measured where
-            ``bandwidth`` is.
+        matrix_seconds: what a matrix takes besides. Both are of no matter where ``memory_rate`` is measured.
+        cpu_seconds_per_byte: of a rank for what it sends, as over TCP; measured where ``bandwidth`` is.
         compute_seconds: of forward and backward of one rank alone. ``None`` counts as 0: communication is compared
             alone, as if none of it were hidden behind backward.
         ranks: that a matrix may be given, or the one rank to compare.
@@ -87,8 +85,7 @@ def plan(
         ranks_a_node: consecutive ranks that share a node's link.
         sharded: whether they hold one model together, as `shard` makes them.
         shard_placement_fn: as for `shard`.
-        units: as for `shard`, of a module: each of them is reduced as one, and what is outside of them in the end.
-            ``None`` takes DDP's buckets.
+        units: as for `shard`, of a module: each is reduced as one; ``None`` takes DDP's buckets.
         bucket_bytes: of DDP's buckets.
         algorithm: of all-reduces: ``"tree"`` as NCCL has on many nodes, ``"ring"`` as gloo has.
         margin: fraction of a step that is not worth a worse gradient.
@@ -108,15 +105,12 @@ def plan(
     if bandwidth is None:
         bandwidth, measured, cpu_seconds_per_byte = measure_link(process_group, algorithm)
         latency = measured if latency is None else latency
-    network = Network(
-        quantities.bytes_per_second("bandwidth", bandwidth),
-        LATENCY_SECONDS if latency is None else quantities.seconds("latency", latency),
-        *(world_size, ranks_a_node, sharded, algorithm),
-        quantities.seconds("cpu_seconds_per_byte", cpu_seconds_per_byte),
-    )
+    rate = quantities.bytes_per_second("bandwidth", bandwidth)
+    message = LATENCY_SECONDS if latency is None else quantities.seconds("latency", latency)
+    sending = quantities.seconds("cpu_seconds_per_byte", cpu_seconds_per_byte)
+    network = Network(rate, message, world_size, ranks_a_node, sharded, algorithm, sending)
     compute = 0.0 if compute_seconds is None else quantities.seconds("compute_seconds", compute_seconds)
-    fixed = {"bucket_seconds": bucket_seconds, "matrix_seconds": matrix_seconds}
-    processor = _processor(memory_rate, flops_rate, *(quantities.seconds(*setting) for setting in fixed.items()))
+    processor = _processor(memory_rate, flops_rate, bucket_seconds, matrix_seconds)
     slots = gradients_of(model, shards=ranks_a_node if sharded else 1, shard_placement_fn=shard_placement_fn)
     estimator = Estimator(_buckets(model, slots, units, bucket_bytes), network, processor, compute)
     schemes = _schemes(slots, _ascending(ranks), passes, estimator, network, like or PowerSGD())
@@ -167,8 +161,15 @@ def _check(
 
 
 def _processor(
-    memory_rate: float | str | None, flops_rate: float | str | None, bucket_seconds: float, matrix_seconds: float
+    memory_rate: float | str | None,
+    flops_rate: float | str | None,
+    bucket_seconds: float | str,
+    matrix_seconds: float | str,
 ) -> Processor:
+    bucket, matrix = (
+        quantities.seconds(field, value)
+        for field, value in (("bucket_seconds", bucket_seconds), ("matrix_seconds", matrix_seconds))
+    )
     if memory_rate is None:
         measured = measure_processor()
         if flops_rate is None:
@@ -176,7 +177,7 @@ def _processor(
         return dataclasses.replace(measured, flops_rate=quantities.flops("flops_rate", flops_rate))
     rate = quantities.bytes_per_second("memory_rate", memory_rate)
     thin = FLOPS_A_BYTE * rate if flops_rate is None else quantities.flops("flops_rate", flops_rate)
-    return Processor(rate, thin, bucket_seconds, matrix_seconds)
+    return Processor(rate, thin, bucket, matrix)
 
 
 def _schemes(
