@@ -1,6 +1,6 @@
 """What a bucket and a matrix take whatever their size, timed in training steps: the interpreter's work, mostly.
 
-Timed by itself, over and over, it takes a tenth of that: here as in a step, everything is out of the caches and goes
+Timed by itself, over and over, it takes a fraction of that: here as in a step, everything is out of the caches and goes
 through DDP's hook, the worker's thread and the collectives.
 """
 
