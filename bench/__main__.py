@@ -33,9 +33,11 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where pages are")
     chosen = parser.parse_args()
     benches = [bench for bench in BENCHES if bench.name in chosen.only]
-    failed = (
-        [] if chosen.render else [b.name for b in benches if not _ran(b, chosen.out, () if chosen.long else b.short)]
-    )
+    failed: list[str] = []
+    if not chosen.render:
+        began = time.monotonic()
+        failed = [b.name for b in benches if not _ran(b, chosen.out, () if chosen.long else b.short)]
+        print(f"== {len(benches)} benches: {_minutes(time.monotonic() - began)}")
     try:
         nowhere = render(benches, chosen.out, chosen.docs)
     except PageError as error:
@@ -44,6 +46,16 @@ def main() -> None:
         print(f"no page of {chosen.docs} has a place for {', '.join(nowhere)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def _minutes(seconds: float) -> str:
+    """Time for a person.
+
+    Example:
+        >>> _minutes(884.6)
+        '14 min 45 s'
+    """
+    return "{} min {} s".format(*divmod(round(seconds), 60))
 
 
 def _ran(bench: Bench, out: Path, options: tuple[str, ...]) -> bool:

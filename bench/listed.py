@@ -52,7 +52,7 @@ BENCHES = (
     Bench("lab", "bench.lab", ("--rounds", "3", "--workloads", "matrices", "dalle", "--layouts", "replicated")),
     Bench("planning", "bench.planning", ("--probe", "--worlds", "8", "64", "1024", "16384")),
     Bench("compression", "bench.compression", ("--models", "resnet50", "dalle-demo", "--ranks", "4", "--rounds", "3")),
-    Bench("sharding", "bench.sharding", ("--rounds", "5", "--limits", "0", "1000", "100")),
+    Bench("sharding", "bench.sharding", ("--rounds", "3", "--limits", "0", "1000", "100")),
     Bench("robustness", "bench.robustness", ("--repeats", "1", "--timeout", "10")),
     Bench("stability", "bench.stability", ("--steps", "1000")),
     Bench("low_rank_error", "bench.low_rank_error", ("--ranks", "4", "32")),

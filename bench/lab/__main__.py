@@ -56,8 +56,10 @@ def main() -> None:
 
 
 def tables(records: Sequence[Record]) -> dict[str, str]:
-    """Tables in markdown, by their marks in docs/benchmarks.md."""
-    return {**step_tables(records), "lab-targets": target_table(targets(records))}
+    """Tables in markdown, and the picture's place, by their marks in docs/benchmarks.md."""
+    drawn = any(r["layout"] == "replicated" for r in records)
+    picture = {"lab-picture": "![Steps of all ways over all networks](lab.png)"} if drawn else {}
+    return {**picture, **step_tables(records), "lab-targets": target_table(targets(records))}
 
 
 def pictures(records: Sequence[Record], folder: Path) -> None:

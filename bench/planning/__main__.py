@@ -1,7 +1,8 @@
 """Does a plan predict what a step takes, and what does it say of clusters that nobody can try here?
 
     python -m bench.planning                        # simulation: three minutes; and what there is to validate against
-    python -m bench.planning --probe                # times links and processors first; two minutes; Linux, as root
+    python -m bench.planning --probe                # times links and processors first: a minute more; Linux, as root
+    python -m bench.planning --probe --worlds       # no simulation: that of the last run is kept
     python -m bench.planning --worlds 8 128 2048    # fewer points of the curves
 
 The simulation predicts DALL-E's sizes on 8 to 16,384 ranks. The validation takes the steps that `bench.lab` has
@@ -16,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.lab.hosts import check, refusing
 from bench.planning.pictures import draw
+from bench.planning.probing import probed
 from bench.planning.simulation import WORLDS, simulated
-from bench.planning.validation import probed, validated, validation_table
+from bench.planning.validation import validated, validation_table
 from bench.stamp import markdown, write_lines
 
 
@@ -32,9 +35,11 @@ def main() -> None:
         "--limits", type=int, nargs="+", default=[0, 1000, 100], metavar="MBIT", help="of links, 0: none"
     )
     chosen = parser.parse_args()
+    if chosen.probe:
+        check()
     path, lab = chosen.out / "planning.jsonl", chosen.out / "lab.jsonl"
     kept = _read(path)
-    probes = probed(chosen.limits) if chosen.probe else [r for r in kept if r["kind"] in ("link", "processor")]
+    probes = probed(chosen.limits) if chosen.probe else [r for r in kept if r["kind"] in ("link", "hook", "processor")]
     curves = simulated(worlds=chosen.worlds) if chosen.worlds else [r for r in kept if r["kind"] == "simulated"]
     records = [*curves, *probes, *validated(_read(lab), probes)]
     write_lines(path, "planning", records)
@@ -92,4 +97,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    refusing(main)

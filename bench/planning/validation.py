@@ -1,37 +1,36 @@
 """Predicts the steps that `bench.lab` measured, and compares."""
 
-import json
 import re
 import statistics
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from bench.planning.probing import RANKS_A_HOST
 from bench.stamp import markdown
 from distopt.planning.candidates import low_rank, plain
 from distopt.planning.costs import Estimator
 from distopt.planning.machine import Network, Processor
-from distopt.planning.measuring import measure_link, measure_processor
 from distopt.planning.plan import BUCKET_BYTES
-from distopt.planning.workload import buckets_of, gradients_of
+from distopt.planning.timeline import Work, step_seconds
+from distopt.planning.workload import buckets_of, bytes_of, gradients_of, units_of
 from distopt.reducers.powersgd import PowerSGD
+from distopt.reducers.reducer import Slot
 
 WITHIN = 0.15
 NOOP, NODE = "no-op hook", "no averaging between nodes"
 """What `bench.lab` calls a step without communication, of whole models and of sharded ones."""
-PLAIN = ("DDP", "native HSDP")
+PLAIN, NATIVE, EXACT = "DDP", "native HSDP", "distopt AllReduce"
 _RANKED = re.compile(r"distopt PowerSGD rank (\d+), (both|alternate)")
-RANKS_A_HOST = {"replicated": 1, "sharded": 2}
+_HOOKED = re.compile(r"DDP, torch's (fp16|bf16) hook")
+HOSTS = 2
+
+Record = Mapping[str, Any]
 
 
-def validated(lab: Sequence[Mapping[str, Any]], probes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def validated(lab: Sequence[Record], probes: Sequence[Record]) -> list[dict[str, Any]]:
     """Predict every step of the lab that a plan speaks of.
 
     Args:
@@ -40,16 +39,12 @@ def validated(lab: Sequence[Mapping[str, Any]], probes: Sequence[Mapping[str, An
     """
     found: list[dict[str, Any]] = []
     for record in lab:
-        ranked = _RANKED.fullmatch(record["way"])
-        link = _probe(probes, "link", record["layout"], record["megabits"])
-        processor = _probe(probes, "processor", record["layout"], None)
         computing = _computing(lab, record)
-        if record.get("alone") or not (ranked or record["way"] in PLAIN) or None in (link, processor, computing):
+        if record.get("alone") or computing is None:
             continue
-        assert link is not None
-        assert processor is not None
-        assert computing is not None
-        predicted = _predicted(record, ranked, link, processor, computing)
+        predicted = _predicted(record, probes, computing)
+        if predicted is None:
+            continue
         measured = statistics.median(record["seconds"])
         low, high = min(record["seconds"]), max(record["seconds"])
         facts = {field: record[field] for field in ("workload", "layout", "way", "megabits")}
@@ -57,12 +52,12 @@ def validated(lab: Sequence[Mapping[str, Any]], probes: Sequence[Mapping[str, An
         passes = abs(error) <= WITHIN or low <= predicted <= high
         found.append(
             {"kind": "validated", **facts, "predicted": predicted, "measured": measured, "range": [low, high]}
-            | {"error": error, "passes": passes}
+            | {"computing": computing, "error": error, "passes": passes}
         )
     return found
 
 
-def validation_table(records: Sequence[Mapping[str, Any]]) -> str:
+def validation_table(records: Sequence[Record]) -> str:
     """Predicted beside measured, and how many pass."""
     rows = [
         [
@@ -83,27 +78,7 @@ def validation_table(records: Sequence[Mapping[str, Any]]) -> str:
     return markdown(head, rows) + f"\n\n{passed} of {len(records)} pass."
 
 
-def probed(limits: Sequence[int]) -> list[dict[str, Any]]:
-    """Time links and processors in the lab, with as many ranks a host as its layouts have; megabits, 0 for no limit."""
-    from bench.lab.hosts import run_on_hosts
-
-    found: list[dict[str, Any]] = []
-    for layout, ranks in RANKS_A_HOST.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "records"
-            run_on_hosts(["bench.planning.validation", layout, str(path), *map(str, limits)], ranks=ranks)
-            found += json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def _probe(
-    probes: Sequence[Mapping[str, Any]], kind: str, layout: str, megabits: int | None
-) -> Mapping[str, Any] | None:
-    wanted = (kind, layout, megabits)
-    return next((p for p in probes if (p["kind"], p["layout"], p["megabits"]) == wanted), None)
-
-
-def _computing(lab: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> float | None:
+def _computing(lab: Sequence[Record], record: Record) -> float | None:
     """Of forward and backward: the same step without communication between nodes."""
     for other in lab:
         same = all(other.get(field) == record.get(field) for field in ("workload", "layout", "megabits", "alone"))
@@ -112,59 +87,56 @@ def _computing(lab: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> f
     return None
 
 
-def _predicted(
-    record: Mapping[str, Any],
-    ranked: re.Match[str] | None,
-    link: Mapping[str, Any],
-    processor: Mapping[str, Any],
-    computing: float,
-) -> float:
-    from bench.lab.workloads import WORKLOADS
-
-    with torch.device("meta"):
-        model: nn.Module = WORKLOADS[record["workload"]].build()
+def _predicted(record: Record, probes: Sequence[Record], computing: float) -> float | None:
+    """Seconds of a step; ``None`` for a way that a plan does not know, or a place that was not probed."""
+    way, place = record["way"], {"layout": record["layout"], "megabits": record["megabits"]}
+    link, processor = _probe(probes, kind="link", **place), _probe(probes, kind="processor")
+    hooked, ranked = _HOOKED.fullmatch(way), _RANKED.fullmatch(way)
+    if hooked is not None:
+        hook = _probe(probes, kind="hook", hook=hooked[1], **place)
+        return None if hook is None else _hooked_step(_buckets(record), hook, computing)
+    if link is None or processor is None or not (ranked or way in (PLAIN, NATIVE, EXACT)):
+        return None
     shards = RANKS_A_HOST[record["layout"]]
-    network = Network(link["bandwidth"], link["latency"], 2 * shards, shards, shards > 1, "ring")
-    rates = Processor(processor["memory_rate"], processor["flops_rate"], processor["bucket_seconds"])
-    slots = gradients_of(model, shards=shards)
-    estimator = Estimator(buckets_of(slots, BUCKET_BYTES), network, rates, computing)
+    # Ranks that have to share a core are as much slower.
+    crowd = max(1.0, HOSTS * shards / processor["cores"])
+    network = Network(
+        *(link["bandwidth"], link["latency"], HOSTS * shards, shards, shards > 1, "ring"),
+        cpu_seconds_per_byte=crowd * link["cpu_seconds_per_byte"],
+    )
+    rates = Processor(
+        *(processor[field] / crowd for field in ("memory_rate", "flops_rate")),
+        *(processor[field] * crowd for field in ("bucket_seconds", "matrix_seconds")),
+    )
+    # On gloo, FSDP waits for each all-reduce before backward goes on.
+    hiding = 0.0 if way == NATIVE else computing
+    buckets = _buckets(record)
+    estimator = Estimator(buckets, network, rates, hiding)
+    slots = [slot for bucket in buckets for slot in bucket]
     scheme = plain(slots)
     if ranked:
         passes = "alternate" if ranked[2] == "alternate" else "both"
         scheme = low_rank(slots, [int(ranked[1])], passes, estimator, like=PowerSGD(), always=True) or scheme
-    return estimator.estimate(scheme).step_seconds
+    return estimator.estimate(scheme).step_seconds + computing - hiding
 
 
-def _rank() -> None:
-    """What each process of `probed` does; the first one leaves the records."""
-    from bench.lab.hosts import Link
-
-    layout, path, *limits, device = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-    ranks = RANKS_A_HOST[layout]
-    # As sharded ranks do, each averages with its counterpart on the other host, all of them at the same time.
-    pairs = [dist.new_group([i, i + ranks]) for i in range(ranks)]
-    network = Link(device, chief=dist.get_rank() % ranks == 0)
-    records: list[dict[str, Any]] = []
-    for limit in map(int, limits):
-        dist.barrier()
-        network.limit(limit or None)
-        dist.barrier()
-        link = measure_link(pairs[dist.get_rank() % ranks], "ring")
-        # A plan wants the rate of the host, which its ranks share.
-        facts = {"bandwidth": link.bandwidth * ranks, "latency": link.latency}
-        records.append({"kind": "link", "layout": layout, "megabits": limit or None, **facts})
-    network.limit(None)
-    dist.barrier()
-    processor = measure_processor()
-    rates = {field: getattr(processor, field) for field in ("memory_rate", "flops_rate", "bucket_seconds")}
-    records.append({"kind": "processor", "layout": layout, "megabits": None, **rates})
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(records), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+def _hooked_step(buckets: Sequence[Sequence[Slot]], hook: Record, computing: float) -> float:
+    """A step under one of torch's hooks, which has been timed whole."""
+    sizes = [sum(map(bytes_of, bucket)) for bucket in buckets]
+    busy, wall = hook["cpu_seconds_per_byte"], hook["seconds_per_byte"]
+    return step_seconds(computing, [Work(size, [(size * busy, size * (wall - busy))]) for size in sizes])
 
 
-if __name__ == "__main__":
-    _rank()
+def _buckets(record: Record) -> list[list[Slot]]:
+    from bench.lab.workloads import WORKLOADS
+
+    workload = WORKLOADS[record["workload"]]
+    with torch.device("meta"):
+        model: nn.Module = workload.build()
+    shards = RANKS_A_HOST[record["layout"]]
+    slots = gradients_of(model, shards=shards)
+    return units_of(model, slots, workload.units) if shards > 1 else buckets_of(slots, BUCKET_BYTES)
+
+
+def _probe(probes: Sequence[Record], **wanted: object) -> Record | None:
+    return next((p for p in probes if all(p.get(field) == value for field, value in wanted.items())), None)

@@ -1,7 +1,6 @@
 """The ways of reducing a model that are compared, each as the reducer that would be registered."""
 
 import dataclasses
-import fnmatch
 import glob
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -77,7 +76,7 @@ def low_rank(
     known: dict[tuple[object, ...], Way] = {}
     ways: dict[str, Way] = {}
     for slot in slots:
-        key = (tuple(slot.parameter.shape), slot.parameter.dtype, slot.exempt or _is_named(like, slot))
+        key = (tuple(slot.parameter.shape), slot.parameter.dtype, slot.exempt or like.leaves_whole(slot))
         if key not in known:
             known[key] = rest if key[-1] else _way_of(slot, ranks, None if always else estimator, alternate, like, rest)
         ways[slot.name] = known[key]
@@ -111,12 +110,3 @@ def _way_of(
         ):
             return rank
     return rest
-
-
-def _is_named(like: PowerSGD, slot: Slot) -> bool:
-    rule = like.uncompressed
-    if rule is None:
-        return False
-    if callable(rule):
-        return bool(rule(slot.name, slot.parameter))
-    return any(fnmatch.fnmatchcase(slot.name, pattern) for pattern in rule)

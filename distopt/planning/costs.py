@@ -29,9 +29,9 @@ class Effort(NamedTuple):
 
 
 # Until the last bucket is through, and after it, as a test counts them. PowerSGD adds the residual (3 passes), takes a
-# product for each factor (1 each), and writes the new residual and the average (2 products, 5 passes).
-BOTH = (Effort(5, 2), Effort(5, 2))
-ALTERNATE = (Effort(4, 1), Effort(5, 2))
+# product for each factor (1 each), and writes the new residual and the average (2 products, 3 passes).
+BOTH = (Effort(5, 2), Effort(3, 2))
+ALTERNATE = (Effort(4, 1), Effort(3, 2))
 CAST = (Effort(37, 0), Effort(9, 0))
 _BESIDE = (Effort(2, 0), Effort(2, 0))
 """What is sent whole with the factors: copied into their payload, and out of it."""
@@ -175,7 +175,8 @@ class Estimator:
         )
         # Householder reflections on the shorter factor, or on either in turn.
         rows = min(nearest_to_square(slot.parameter.shape)) if rank else 0
-        return Computing(before + self._processor.seconds(0.0, 4.0 * rows * rank**2), after)
+        before += self._processor.seconds(0.0, 4.0 * rows * rank**2)
+        return Computing(before + (self._processor.matrix_seconds if rank else 0.0), after)
 
     def _computing(self, slot: Slot, scheme: Scheme) -> "Computing":
         return self.computing(
@@ -206,7 +207,11 @@ class Estimator:
         self, bucket: Sequence[Slot], wires: Sequence[Wire], computing: Sequence["Computing"], scheme: Scheme
     ) -> Work:
         before = sum(c.before for c in computing) + self._bucket_seconds(scheme)
-        stages = [(before / len(wires), wire.transfer + wire.latency) for wire in wires] or [(before, 0.0)]
+        # What the processor does in order to send comes first, as if the wire were free meanwhile.
+        stages = [
+            (before / len(wires) + wire.computing, wire.transfer - wire.computing + wire.latency) for wire in wires
+        ]
+        stages = stages or [(before, 0.0)]
         return Work(sum(map(bytes_of, bucket)), stages, sum(c.after for c in computing))
 
     def _bucket_seconds(self, scheme: Scheme) -> float:

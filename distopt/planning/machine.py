@@ -17,10 +17,17 @@ Algorithm = Literal["ring", "tree"]
 
 
 class Wire(NamedTuple):
-    """Seconds of a collective: of its bytes, and of its messages whatever they hold."""
+    """Seconds of a collective: of its bytes, and of its messages whatever they hold.
+
+    Args:
+        transfer: until all bytes are there.
+        latency: of its messages.
+        computing: what of the transfer a rank's processor is busy with.
+    """
 
     transfer: float
     latency: float
+    computing: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,8 @@ class Network:
             counterparts on the other nodes.
         algorithm: of an all-reduce: ``"tree"`` for 2 log2(p) messages one after another, as NCCL finds them on many
             nodes; ``"ring"`` for 2 (p - 1), as gloo does it.
+        cpu_seconds_per_byte: processor time of each rank for each byte that it sends, taking in as many and adding them
+            up: over TCP, the processor does all of this; 0 where the network's own devices do.
 
     Raises:
         SettingError: if the ranks do not divide into nodes.
@@ -43,7 +52,7 @@ class Network:
     Example:
         >>> ring = Network(bandwidth=1.25e9, latency=1e-4, world_size=4, algorithm="ring")
         >>> ring.seconds(Asked("average", 10**9))
-        Wire(transfer=1.2, latency=0.0006000000000000001)
+        Wire(transfer=1.2, latency=0.0006000000000000001, computing=0.0)
     """
 
     bandwidth: float
@@ -52,6 +61,7 @@ class Network:
     ranks_a_node: int = 1
     sharded: bool = False
     algorithm: Algorithm = "tree"
+    cpu_seconds_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("world_size", "ranks_a_node"):
@@ -79,14 +89,16 @@ class Network:
         together = self.ranks_a_node if self.sharded else 1
         messages = doublings if self.algorithm == "tree" else peers - 1
         if asked.kind == "average":
-            crossing = 2 * (peers - 1) / peers * asked.nbytes * together
+            own = 2 * (peers - 1) / peers * asked.nbytes
             messages *= 2
         elif asked.kind == "gather":
-            crossing = (peers - 1) * asked.nbytes * together
+            own = (peers - 1) * asked.nbytes
         else:
-            crossing = self._swapped(asked.nbytes)
+            own = (peers - 1) / peers * asked.nbytes
             messages = peers - 1
-        return Wire(crossing / self.bandwidth, messages * self.latency)
+        crossing = self._swapped(asked.nbytes) if asked.kind == "swap" else own * together
+        computing = own * self.cpu_seconds_per_byte
+        return Wire(max(crossing / self.bandwidth, computing), messages * self.latency, computing)
 
     def _swapped(self, nbytes: float) -> float:
         """Every rank sends a piece to every other one, of which those on its node do not leave it."""
@@ -104,6 +116,7 @@ class Processor:
         memory_rate: bytes that it reads and writes in a second, both counted.
         flops_rate: operations of thin matrix products in a second, a multiplication and an addition counted as two.
         bucket_seconds: what a bucket takes besides, whatever its size: the interpreter's work, and launches.
+        matrix_seconds: the same of each matrix that is compressed.
 
     Example:
         >>> Processor(memory_rate=1e10, flops_rate=1e11, bucket_seconds=0.0).seconds(nbytes=5e9, flops=1e10)
@@ -113,6 +126,7 @@ class Processor:
     memory_rate: float
     flops_rate: float
     bucket_seconds: float
+    matrix_seconds: float = 0.0
 
     def seconds(self, nbytes: float, flops: float) -> float:
         """What reading and writing ``nbytes`` and computing ``flops`` takes, one after the other."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
+from distopt.attach.selection import Blocks
 from distopt.errors import SettingError
 from distopt.planning import candidates, quantities
 from distopt.planning.costs import Estimate, Estimator, Scheme
@@ -19,7 +20,7 @@ from distopt.planning.foreseen import HALF, WHOLE
 from distopt.planning.machine import Algorithm, Network, Processor
 from distopt.planning.measuring import measure_link, measure_processor
 from distopt.planning.outcome import Choice, Plan
-from distopt.planning.workload import Gradients, buckets_of, bytes_of, gradients_of
+from distopt.planning.workload import Gradients, buckets_of, bytes_of, gradients_of, units_of
 from distopt.reducers.powersgd import PowerSGD
 from distopt.reducers.reducer import Slot
 from distopt.reducers.settings import is_integer, is_number
@@ -43,6 +44,8 @@ def plan(
     memory_rate: float | str | None = None,
     flops_rate: float | str | None = None,
     bucket_seconds: float | str = BUCKET_SECONDS,
+    matrix_seconds: float | str = 0.0,
+    cpu_seconds_per_byte: float = 0.0,
     compute_seconds: float | str | None = None,
     ranks: int | Sequence[int] = RANKS,
     passes: Literal["both", "alternate"] | None = None,
@@ -50,6 +53,7 @@ def plan(
     ranks_a_node: int = 1,
     sharded: bool = False,
     shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
+    units: Blocks | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     algorithm: Algorithm = "tree",
     margin: float = 0.05,
@@ -71,6 +75,8 @@ def plan(
             compression on this machine, which takes a second.
         flops_rate: operations a second in thin matrix products; 10 for each byte of ``memory_rate`` if ``None``.
         bucket_seconds: what compressing a bucket takes besides.
+        matrix_seconds: what a matrix takes besides. Both are of no matter where ``memory_rate`` is measured.
+        cpu_seconds_per_byte: of a rank for what it sends, as over TCP; measured where ``bandwidth`` is.
         compute_seconds: of forward and backward of one rank alone. ``None`` counts as 0: communication is compared
             alone, as if none of it were hidden behind backward.
         ranks: that a matrix may be given, or the one rank to compare.
@@ -79,6 +85,7 @@ def plan(
         ranks_a_node: consecutive ranks that share a node's link.
         sharded: whether they hold one model together, as `shard` makes them.
         shard_placement_fn: as for `shard`.
+        units: as for `shard`, of a module: each is reduced as one; ``None`` takes DDP's buckets.
         bucket_bytes: of DDP's buckets.
         algorithm: of all-reduces: ``"tree"`` as NCCL has on many nodes, ``"ring"`` as gloo has.
         margin: fraction of a step that is not worth a worse gradient.
@@ -96,17 +103,16 @@ def plan(
     """
     _check(ranks, passes, like, bucket_bytes, margin)
     if bandwidth is None:
-        bandwidth, measured = measure_link(process_group, algorithm)
+        bandwidth, measured, cpu_seconds_per_byte = measure_link(process_group, algorithm)
         latency = measured if latency is None else latency
-    network = Network(
-        quantities.bytes_per_second("bandwidth", bandwidth),
-        LATENCY_SECONDS if latency is None else quantities.seconds("latency", latency),
-        *(world_size, ranks_a_node, sharded, algorithm),
-    )
+    rate = quantities.bytes_per_second("bandwidth", bandwidth)
+    message = LATENCY_SECONDS if latency is None else quantities.seconds("latency", latency)
+    sending = quantities.seconds("cpu_seconds_per_byte", cpu_seconds_per_byte)
+    network = Network(rate, message, world_size, ranks_a_node, sharded, algorithm, sending)
     compute = 0.0 if compute_seconds is None else quantities.seconds("compute_seconds", compute_seconds)
-    processor = _processor(memory_rate, flops_rate, quantities.seconds("bucket_seconds", bucket_seconds))
+    processor = _processor(memory_rate, flops_rate, bucket_seconds, matrix_seconds)
     slots = gradients_of(model, shards=ranks_a_node if sharded else 1, shard_placement_fn=shard_placement_fn)
-    estimator = Estimator(buckets_of(slots, bucket_bytes), network, processor, compute)
+    estimator = Estimator(_buckets(model, slots, units, bucket_bytes), network, processor, compute)
     schemes = _schemes(slots, _ascending(ranks), passes, estimator, network, like or PowerSGD())
     return _decided(slots, [estimator.estimate(scheme) for scheme in schemes], network, processor, compute, margin)
 
@@ -124,6 +130,14 @@ def _decided(
     reason = _reason(plain, chosen, estimates, network, compute, margin)
     by_label = {estimate.scheme.label: estimate for estimate in estimates}
     return Plan(network, processor, compute, plain, chosen, by_label, choices, reason)
+
+
+def _buckets(model: Gradients, slots: Sequence[Slot], units: Blocks | None, bucket_bytes: int) -> list[list[Slot]]:
+    if units is None:
+        return buckets_of(slots, bucket_bytes)
+    if not isinstance(model, nn.Module):
+        raise SettingError("units", units, "None where the model is a list of gradients")
+    return units_of(model, slots, units)
 
 
 def _ascending(ranks: int | Sequence[int]) -> tuple[int, ...]:
@@ -146,7 +160,16 @@ def _check(
         raise SettingError("margin", margin, "a number in [0, 1)")
 
 
-def _processor(memory_rate: float | str | None, flops_rate: float | str | None, bucket_seconds: float) -> Processor:
+def _processor(
+    memory_rate: float | str | None,
+    flops_rate: float | str | None,
+    bucket_seconds: float | str,
+    matrix_seconds: float | str,
+) -> Processor:
+    bucket, matrix = (
+        quantities.seconds(field, value)
+        for field, value in (("bucket_seconds", bucket_seconds), ("matrix_seconds", matrix_seconds))
+    )
     if memory_rate is None:
         measured = measure_processor()
         if flops_rate is None:
@@ -154,7 +177,7 @@ def _processor(memory_rate: float | str | None, flops_rate: float | str | None, 
         return dataclasses.replace(measured, flops_rate=quantities.flops("flops_rate", flops_rate))
     rate = quantities.bytes_per_second("memory_rate", memory_rate)
     thin = FLOPS_A_BYTE * rate if flops_rate is None else quantities.flops("flops_rate", flops_rate)
-    return Processor(rate, thin, bucket_seconds)
+    return Processor(rate, thin, bucket, matrix)
 
 
 def _schemes(

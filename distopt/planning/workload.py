@@ -8,7 +8,7 @@ from torch import nn
 
 from distopt.attach.exemptions import exempt_names, is_exempt_by_name, plain_name
 from distopt.attach.replicas import named_parameters
-from distopt.attach.selection import unwrapped
+from distopt.attach.selection import Blocks, select, unwrapped
 from distopt.attach.shards import Cut
 from distopt.errors import SettingError
 from distopt.reducers.reducer import Slot
@@ -81,6 +81,33 @@ def buckets_of(slots: Sequence[Slot], bucket_bytes: int) -> list[list[Slot]]:
             buckets.append(bucket)
         bucket.append(slot)
     return buckets
+
+
+def units_of(model: nn.Module, slots: Sequence[Slot], units: Blocks) -> list[list[Slot]]:
+    """Divide gradients as `distopt.shard` does: a bucket for each unit, from the last to the first, then all others.
+
+    Args:
+        model: whose gradients.
+        slots: these, as `gradients_of` gives them.
+        units: as for `shard`.
+
+    Raises:
+        SettingError: if there are no such units.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4), nn.Linear(4, 1))
+        >>> found = units_of(model, gradients_of(model), [model[0], model[1]])
+        >>> [[slot.name for slot in bucket] for bucket in found]
+        [['1.weight', '1.bias'], ['0.weight', '0.bias'], ['2.weight', '2.bias']]
+    """
+    module = cast(nn.Module, unwrapped(model))
+    names = {id(parameter): name for name, parameter in named_parameters(module).items()}
+    left = {slot.name: slot for slot in slots}
+    buckets: list[list[Slot]] = []
+    for part in reversed(select("units", units, module)):
+        inside = [names[id(p)] for inner in part.modules for p in inner.parameters()]
+        buckets.append([left.pop(name) for name in inside if name in left])
+    return [bucket for bucket in [*buckets, list(left.values())] if bucket]
 
 
 def bytes_of(slot: Slot) -> int:

@@ -165,7 +165,7 @@ the smaller side, a callable (name, parameter) -> int, an EnergyRank, or a mappi
     def _matrices(self, slot: Slot, rule: RankRule) -> list[Matrix]:
         """How a parameter is compressed; empty if it is sent whole."""
         slices = self._slices(slot)
-        if not is_compressible(slot) or self._is_named(slot):
+        if not is_compressible(slot) or self.leaves_whole(slot):
             return []
         matrices = Matrix.of(slot, _rank_of(slot, rule), slices)
         raw = slot.parameter.numel() * slot.parameter.element_size()
@@ -185,7 +185,16 @@ the smaller side, a callable (name, parameter) -> int, an EnergyRank, or a mappi
                 return slices
         return 1
 
-    def _is_named(self, slot: Slot) -> bool:
+    def leaves_whole(self, slot: Slot) -> bool:
+        """Whether ``uncompressed`` names a parameter.
+
+        Args:
+            slot: the parameter.
+
+        Example:
+            >>> PowerSGD(uncompressed=["head.*"]).leaves_whole(Slot("head.weight", nn.Parameter(torch.empty(2, 2))))
+            True
+        """
         rule = self.uncompressed
         if rule is None:
             return False

@@ -10,11 +10,12 @@ from torch.utils._pytree import tree_leaves
 
 import distopt
 from distopt.comm.requests import Gather, Swap
-from distopt.planning import measuring
+from distopt.planning import measuring, overheads
 from distopt.planning.costs import ALTERNATE, BOTH, CAST
 from distopt.planning.measuring import measure, measure_processor
 from distopt.reducers.reducer import Bucket, Place, Slot, State
 from tests.processes import run_ranks
+from tests.reducers.test_passes import traffic
 
 VIEWS = {
     "view", "t", "transpose", "split", "slice", "select", "detach", "alias", "unsqueeze", "expand", "_unsafe_view",
@@ -71,16 +72,29 @@ def test_passes_are_those_of_the_reducers(reducer, efforts):
         assert effort.passes - 0.5 <= counted <= effort.passes + 4.5
 
 
+@pytest.mark.parametrize(("passes", "efforts"), [("both", BOTH), ("alternate", ALTERNATE)])
+def test_passes_are_those_over_memory(passes, efforts):
+    """Exactly, where what stays in the cache is not counted twice."""
+    counted = traffic(passes, torch.float32, in_place=False, steps=2)
+    assert sum(effort.passes for effort in efforts) == sum(counted)
+
+
 def measured(rank):
-    measuring._LARGEST, measuring._SIDE = 2**23, 256  # for a rough answer, soon
-    return measure(algorithm="ring")
+    measuring._LARGEST, measuring._SIDE = 2**22, 256  # for a rough answer, soon
+    overheads._STEPS, overheads._WARM_UP, overheads._SCRATCH = 2, 1, 1
+    timed = []
+    measuring.measure_overheads = lambda group: timed.append(overheads.measure_overheads(group)) or timed[0]
+    return *measure(algorithm="ring"), timed[0]
 
 
 def test_two_ranks_measure_the_same_link():
-    (link, processor), (other, _) = run_ranks(2, measured)
+    (link, processor, timed), (other, *_) = run_ranks(2, measured)
     assert link == other
-    for rate in (*link, processor.memory_rate, processor.flops_rate, processor.bucket_seconds):
+    for rate in (*link, processor.memory_rate, processor.flops_rate):
         assert 0 < rate < math.inf  # how large is the machine's business
+    # The constants are those of training steps.
+    assert (processor.bucket_seconds, processor.matrix_seconds) == timed
+    assert 0 <= min(timed) < max(timed) < math.inf
 
 
 def test_a_rate_that_is_not_told_is_timed(monkeypatch):

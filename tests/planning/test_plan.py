@@ -133,7 +133,58 @@ def test_collectives_by_hand(asked, ring, tree):
     """Eight ranks, 1000 bytes and messages of a second each."""
     for algorithm, seconds in (("ring", ring), ("tree", tree)):
         network = Network(bandwidth=1000.0, latency=1.0, world_size=8, algorithm=algorithm)
-        assert network.seconds(asked) == seconds
+        assert network.seconds(asked) == (*seconds, 0.0)
+
+
+def test_the_processors_part_of_a_transfer_by_hand():
+    """Eight ranks, each of which sends 1750, 875 and 875 bytes, for a thousandth of a second of its processor each."""
+    asked = [Asked("average", 1000), Asked("gather", 125), Asked("swap", 1000)]
+    for ranks_a_node in (1, 4):
+        network = Network(100.0, 0.0, 8, ranks_a_node, cpu_seconds_per_byte=1e-3)
+        assert [network.seconds(a).computing for a in asked] == pytest.approx([1.75, 0.875, 0.875])
+    sharded = Network(100.0, 0.0, 8, 4, sharded=True, cpu_seconds_per_byte=1e-3)
+    assert sharded.seconds(asked[0]).computing == pytest.approx(1.0)
+    # Whoever is busy with sending for longer than the bytes travel is so much slower.
+    assert Network(1e6, 0.0, 2, cpu_seconds_per_byte=1e-3).seconds(Asked("average", 1000)).transfer == 1.0
+
+
+@pytest.mark.parametrize(("busy", "seconds"), [(0.0, 3.5), (0.5, 3.75), (1.0, 4.0)])
+def test_what_sending_computes_is_not_hidden(busy, seconds):
+    """Two equal buckets, half a second of wire each; forward takes 1 s, each one's part of backward as long."""
+    model = [(name, (2**20,), torch.float32) for name in "ab"]
+    rate, each = 4 * 2**20 / 0.5, busy * 0.5 / (4 * 2**20)
+    settings = {"bandwidth": rate, "latency": 0.0, "memory_rate": 1e12, "compute_seconds": 3.0, "bucket_bytes": 2**20}
+    found = plan(model, world_size=2, cpu_seconds_per_byte=each, **settings)
+    assert found.plain.step_seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize(("passes", "gone_through", "products"), [("both", 8, 4), ("alternate", 7, 3)])
+def test_compressing_by_hand(rank, passes, gone_through, products):
+    """Three matrices in one bucket: passes, products, reflections, and what each and the bucket take besides."""
+    model = [(f"w{i}", (64, 256), torch.float32) for i in range(3)]
+    rates = {"memory_rate": 1e6, "flops_rate": 1e7, "bucket_seconds": 3.0, "matrix_seconds": 0.5}
+    settings = {"world_size": 2, "bandwidth": 1.0, "latency": 0.0, "ranks": rank, "passes": passes}
+    found = plan(model, **rates, **settings).estimates[
+        f"rank {rank}" + (", alternate" if passes == "alternate" else "")
+    ]
+    computing = gone_through * 4 * 64 * 256 / 1e6 + (2 * products * 64 * 256 * rank + 4 * 64 * rank**2) / 1e7
+    travelling = 4 * (64 + 256) * rank / (1 if passes == "both" else 2)
+    assert found.step_seconds == pytest.approx(3 * (computing + 0.5 + travelling) + 3.0)
+    assert found.fixed_seconds == pytest.approx(3.0)
+
+
+def test_units_of_a_sharded_model():
+    """Backward ends with the first unit, and what is outside of all units comes last of all."""
+    model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(3)], nn.Linear(256, 64, bias=False))
+    settings = {"world_size": 4, "ranks_a_node": 2, "sharded": True, "bandwidth": 1e6, "memory_rate": 1e9, "ranks": 4}
+    counts = [
+        plan(model, **settings, units=units).plain.collectives
+        for units in ([model[0]], [model[0], model[1], model[2]], None)
+    ]
+    assert counts == [2, 4, 1]
+    with pytest.raises(SettingError, match="units is 'a', but must be None where the model is a list"):
+        plan([("a", (4, 4), torch.float32)], **settings, units="a")
 
 
 def test_ranks_that_share_a_link():

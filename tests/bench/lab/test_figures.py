@@ -89,7 +89,7 @@ def test_tables_show_every_way_and_what_could_not_be_measured():
     ]
     records += [record(way, [s] * 3, alone=True) for way, s in ((NOOP, 0.1), (OURS, 0.15))]
     shown = tables(records)
-    assert set(shown) == {"lab-replicated-matrices", "lab-targets"}
+    assert set(shown) == {"lab-picture", "lab-replicated-matrices", "lab-targets"}
     *_, ours, absent = shown["lab-replicated-matrices"].splitlines()
     assert (
         ours
