@@ -1,0 +1,46 @@
+"""Does compression cost quality? The same loss at equal steps, and at equal time over networks of three speeds?
+
+    python -m bench.quality                                        # hours on two cores; goes on where it was stopped
+    python -m bench.quality --tasks text --seeds 0 --precisions fp32
+    python -m bench.quality --tasks dalle --steps 3600 --seeds 0 --precisions fp32 --ranks --late 4 6 --alternate
+
+Two ranks, processes of one thread each, train the same network from the same weights on the same batches, once for each
+way of averaging gradients. Every run is added to ``quality.jsonl`` when it has ended, and one that is there is not made
+again: ``--fresh`` begins anew. Then the tables and the picture are written.
+"""
+
+import argparse
+from pathlib import Path
+
+from bench.quality.runs import NAME, PRECISIONS, TASKS, cases, missing, run
+from bench.quality.ways import ways_of
+
+
+def main() -> None:
+    """Read the command line, make the runs that are missing, and report."""
+    chosen = _parser().parse_args()
+    path = chosen.out / f"{NAME}.jsonl"
+    if chosen.fresh:
+        path.unlink(missing_ok=True)
+    ways = ways_of(chosen.ranks, chosen.late, chosen.alternate)
+    wanted = cases(chosen.tasks, ways, chosen.precisions, chosen.seeds, chosen.steps)
+    for case in missing(wanted, path):
+        run(case, path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of PowerSGD")
+    parser.add_argument("--late", type=int, nargs="*", default=[4], help="ranks of PowerSGD after a tenth of the steps")
+    parser.add_argument("--alternate", type=int, nargs="*", default=[4], help="ranks of PowerSGD in alternating passes")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of every run, in the place of each task's own")
+    parser.add_argument("--fresh", action="store_true", help="forget all runs that the file has")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    return parser
+
+
+if __name__ == "__main__":
+    main()
