@@ -6,14 +6,25 @@
 
 Two ranks, processes of one thread each, train the same network from the same weights on the same batches, once for each
 way of averaging gradients. Every run is added to ``quality.jsonl`` when it has ended, and one that is there is not made
-again: ``--fresh`` begins anew. Then the tables and the picture are written.
+again: ``--fresh`` begins anew. ``--times`` times steps over networks of three speeds (Linux, as root; see `bench.lab`);
+without them only equal steps are compared. Then the tables and the picture are written.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from bench.lab.hosts import HostsError, RankError
+from bench.quality.figures import Record
+from bench.quality.pictures import draw
 from bench.quality.runs import NAME, PRECISIONS, TASKS, cases, missing, run
-from bench.quality.ways import ways_of
+from bench.quality.tables import tables
+from bench.quality.times import timed
+from bench.quality.ways import Way, ways_of
+from bench.stamp import append_lines, read_lines
+
+__all__ = ["main", "pictures", "tables"]
 
 
 def main() -> None:
@@ -26,6 +37,27 @@ def main() -> None:
     wanted = cases(chosen.tasks, ways, chosen.precisions, chosen.seeds, chosen.steps)
     for case in missing(wanted, path):
         run(case, path)
+    if chosen.times:
+        _time(chosen.tasks, ways, chosen.times, path)
+    records = read_lines(path)
+    found = tables(records)
+    (chosen.out / f"{NAME}.md").write_text("\n\n".join(found.values()) + "\n", encoding="utf-8")
+    pictures(records, chosen.out)
+    print("\n" + "\n\n".join(f"{name}\n\n{text}" for name, text in found.items()))
+
+
+def pictures(records: Sequence[Record], folder: Path) -> None:
+    """Draw what the tables say."""
+    draw(folder / f"{NAME}.png", records)
+
+
+def _time(tasks: Sequence[str], ways: Sequence[Way], rounds: int, path: Path) -> None:
+    try:
+        append_lines(path, NAME, timed(tasks, ways, rounds))
+    except HostsError as error:
+        print(f"equal time is left out: {error}", file=sys.stderr)
+    except RankError as error:
+        sys.exit(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of every run, in the place of each task's own")
+    parser.add_argument("--times", type=int, default=0, metavar="ROUNDS", help="time so many steps of each way")
     parser.add_argument("--fresh", action="store_true", help="forget all runs that the file has")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     return parser
