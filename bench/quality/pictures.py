@@ -20,7 +20,7 @@ _SHOWN = {
     Way(): _INK,
     Way(1): "#d73027",
     Way(4): "#1f78b4",
-    Way(4, late=True): "#542788",
+    Way(4, late=True): "#f39c12",
     Way(32): "#1b9e77",
 }
 """Ways whose losses are drawn against time, and their colours."""
@@ -42,7 +42,7 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     columns = 1 + max(1, len(limits))
     figure = Figure(figsize=(1.2 + 3.1 * columns, 0.6 + 3.2 * len(main)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    title = "Held-out loss above that of exact averages at equal steps; training loss against time (float32)"
+    title = "Held-out loss at equal steps; training loss " + ("against time (float32)" if limits else "(float32)")
     figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold", color=_INK)
     for row, group in zip(figure.subplots(len(main), columns, squeeze=False), main, strict=True):
         _differences(row[0], [g for g in found if (g.task, g.steps) == (group.task, group.steps)])
@@ -77,7 +77,7 @@ def _differences(axes: Axes, found: Sequence[Group]) -> None:
     axes.set_yticks(range(len(ways)), [way.label for way in ways], fontsize=8)
     axes.set_ylim(len(ways) - 0.5, -0.5)
     axes.set_xlabel(f"% above AllReduce (shaded: up to {100 * TARGET:g} %)", fontsize=8, color=_FAINT)
-    axes.legend(fontsize=7.5, frameon=False, labelcolor=_INK, loc="lower right")
+    axes.legend(fontsize=7.5, edgecolor=_RULE, fancybox=False, framealpha=1, labelcolor=_INK, loc="center right")
     group = found[0]
     _finish(axes, f"{TITLES[group.task]}, {group.steps:,} steps")
 
