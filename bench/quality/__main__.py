@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from bench.lab.hosts import HostsError, RankError
 from bench.quality.figures import Record
 from bench.quality.pictures import draw
@@ -30,6 +32,7 @@ __all__ = ["main", "pictures", "tables"]
 def main() -> None:
     """Read the command line, make the runs that are missing, and report."""
     chosen = _parser().parse_args()
+    torch.set_num_threads(1)  # as each rank has, and the stamp says
     path = chosen.out / f"{NAME}.jsonl"
     if chosen.fresh:
         path.unlink(missing_ok=True)

@@ -71,15 +71,19 @@ def _time_table(group: Group, times: Times) -> str:
     for way in ways:
         row = [way.label]
         for limit in limits:
-            row += _time_cells(times.step(group.task, way, limit), *reached[limit].get(way, (0, None)))
+            losses = [loss for _, loss in reached[limit].values() if loss is not None]
+            taken, loss = reached[limit].get(way, (0, None))
+            row += _time_cells(times.step(group.task, way, limit), taken, loss, min(losses, default=None))
         rows.append(row)
     return f"**{TITLES[group.task]}**, {group.steps:,} steps:\n\n{markdown(head, rows)}"
 
 
-def _time_cells(step: float | None, taken: int, loss: float | None) -> list[str]:
+def _time_cells(step: float | None, taken: int, loss: float | None, least: float | None) -> list[str]:
+    """The least loss over a network is printed in bold."""
     if step is None:
         return ["", "", ""]
-    return [f"{1e3 * step:.1f}", f"{taken:,}", "" if loss is None else f"{loss:.4f}"]
+    text = "" if loss is None else f"{loss:.4f}"
+    return [f"{1e3 * step:.1f}", f"{taken:,}", f"**{text}**" if text and loss == least else text]
 
 
 def _percents(found: Spread) -> str:

@@ -117,6 +117,7 @@ def test_what_is_timed_are_the_runs_with_most_ways_and_without_times_there_is_no
     assert [(g.steps, g.precision) for g in widest(groups(records))] == [(10, "fp32")]
     assert list(tables(records)) == ["quality-text"]
     timed = tables([*records, times("AllReduce", None, 1.0), times("rank 4", None, 2.0)])["quality-time"]
+    assert "| AllReduce | 1000.0 | 10 | **1.0000** |" in timed
     assert "| rank 4 | 2000.0 | 5 | 6.0000 |" in timed
 
 
