@@ -63,16 +63,26 @@ def _time(tasks: Sequence[str], ways: Sequence[Way], rounds: int, path: Path) ->
         sys.exit(str(error))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of PowerSGD")
-    parser.add_argument("--late", type=int, nargs="*", default=[4], help="ranks of PowerSGD after a tenth of the steps")
-    parser.add_argument("--alternate", type=int, nargs="*", default=[4], help="ranks of PowerSGD in alternating passes")
+    parser.add_argument("--ranks", type=_count, nargs="*", default=[1, 2, 4, 8, 16, 32], help="of PowerSGD")
+    parser.add_argument(
+        "--late", type=_count, nargs="*", default=[4], help="ranks of PowerSGD after a tenth of the steps"
+    )
+    parser.add_argument(
+        "--alternate", type=_count, nargs="*", default=[4], help="ranks of PowerSGD in alternating passes"
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of every run, in the place of each task's own")
-    parser.add_argument("--times", type=int, default=0, metavar="ROUNDS", help="time so many steps of each way")
+    parser.add_argument("--steps", type=_count, help="of every run, in the place of each task's own")
+    parser.add_argument("--times", type=_count, metavar="ROUNDS", help="time so many steps of each way")
     parser.add_argument("--fresh", action="store_true", help="forget all runs that the file has")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     return parser

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bench.listed import BENCHES
 from bench.pages import fill
 from bench.quality import runs
-from bench.quality.__main__ import pictures, tables
+from bench.quality.__main__ import main, pictures, tables
 from bench.quality.case import Case, Outcome
 from bench.quality.figures import Clock, Times, at_equal_time, groups, smooth
 from bench.quality.tables import widest
@@ -173,6 +173,18 @@ def test_two_real_ranks_begin_alike_under_every_way(tmp_path):
     assert late["train"][:2] == exact["train"][:2], "the first step, and what the second finds"
     assert late["train"] != exact["train"]
     assert exact["saving"] == 0 < late["saving"]
+
+
+@pytest.mark.parametrize("option", [("--ranks", "4", "0"), ("--steps", "-1"), ("--times", "x"), ("--tasks", "digits")])
+def test_what_cannot_be_is_refused_before_anything_is_forgotten(option, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "quality.jsonl"
+    path.write_text("kept")
+    monkeypatch.setattr("sys.argv", ["quality", "--fresh", "--out", str(tmp_path), *option])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    assert option[0] in capsys.readouterr().err.splitlines()[-1]
+    assert path.read_text() == "kept"
 
 
 @pytest.mark.parametrize("task", runs.TASKS)
