@@ -62,7 +62,20 @@ BENCHES = (
     Bench(
         "quality",
         "bench.quality",
-        ("--seeds", "0", "--precisions", "fp32", "--ranks", "4", "--alternate", "--times", "5"),
+        (
+            "--seeds",
+            "0",
+            "--precisions",
+            "fp32",
+            "--ranks",
+            "4",
+            "--late",
+            "--alternate",
+            "--halved",
+            "8",
+            "--times",
+            "5",
+        ),
     ),
     Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "200")),
 )

@@ -2,7 +2,7 @@
 
     python -m bench.quality                                        # hours on two cores; goes on where it was stopped
     python -m bench.quality --tasks text --seeds 0 --precisions fp32
-    python -m bench.quality --tasks dalle --steps 3600 --seeds 0 --precisions fp32 --ranks --late 4 6 --alternate
+    python -m bench.quality --tasks dalle --steps 3600 --seeds 0 --ranks 16 --late 4 6 --alternate --halved
 
 Two ranks, processes of one thread each, train the same network from the same weights on the same batches, once for each
 way of averaging gradients. Every run is added to ``quality.jsonl`` when it has ended, and one that is there is not made
@@ -36,7 +36,7 @@ def main() -> None:
     path = chosen.out / f"{NAME}.jsonl"
     if chosen.fresh:
         path.unlink(missing_ok=True)
-    ways = ways_of(chosen.ranks, chosen.late, chosen.alternate)
+    ways = ways_of(chosen.ranks, chosen.late, chosen.alternate, chosen.halved)
     wanted = cases(chosen.tasks, ways, chosen.precisions, chosen.seeds, chosen.steps)
     for case in missing(wanted, path):
         run(case, path)
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alternate", type=_count, nargs="*", default=[4], help="ranks of PowerSGD in alternating passes"
     )
+    parser.add_argument("--halved", type=_count, nargs="*", default=[8, 16], help="ranks with factors sent in bfloat16")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=_count, help="of every run, in the place of each task's own")

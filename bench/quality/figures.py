@@ -65,7 +65,7 @@ class Group:
     def ways(self) -> list[Way]:
         """In the order of tables: the exact one, ranks as they grow, then those with something else about them."""
         found = {parse(label) for label, _ in self.runs}
-        return sorted(found, key=lambda way: (way.late, way.passes == "alternate", way.rank))
+        return sorted(found, key=lambda way: (way.late, way.passes == "alternate", way.halved, way.rank))
 
     def seeds(self, way: Way) -> list[int]:
         """With which it was run."""

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
+
 import distopt
 from distopt.numerics.storage import StorageDtype
 
@@ -20,22 +22,26 @@ class Way:
         rank: of PowerSGD; 0 averages exactly.
         passes: "both" factors at every step, or one of them in turn ("alternate").
         late: whether the first steps, `LATE` of them, are averaged exactly.
+        halved: whether factors travel in bfloat16: twice the rank at the same bytes.
 
     Example:
         >>> Way().label, Way(4).label, Way(4, late=True).label, Way(4, passes="alternate").label
         ('AllReduce', 'rank 4', 'rank 4, late', 'rank 4, alternate')
+        >>> Way(8, halved=True).label
+        'rank 8, bf16 wire'
     """
 
     rank: int = 0
     passes: Literal["both", "alternate"] = "both"
     late: bool = False
+    halved: bool = False
 
     @property
     def label(self) -> str:
         """Its name in records and tables."""
         if self.rank == 0:
             return EXACT
-        more = ["late"] * self.late + ["alternate"] * (self.passes == "alternate")
+        more = ["late"] * self.late + ["alternate"] * (self.passes == "alternate") + ["bf16 wire"] * self.halved
         return ", ".join([f"rank {self.rank}", *more])
 
     def exact_steps(self, steps: int) -> int:
@@ -56,20 +62,28 @@ class Way:
         """
         if self.rank == 0:
             return distopt.AllReduce()
-        start = self.exact_steps(steps)
-        formats = {"residual_dtype": kept, "factor_dtype": kept}
-        return distopt.PowerSGD(self.rank, passes=self.passes, start_step=start, **formats)
+        return distopt.PowerSGD(
+            self.rank,
+            passes=self.passes,
+            start_step=self.exact_steps(steps),
+            residual_dtype=kept,
+            factor_dtype=kept,
+            wire_dtype=torch.bfloat16 if self.halved else None,
+        )
 
 
-def ways_of(ranks: Iterable[int], late: Iterable[int], alternate: Iterable[int]) -> list[Way]:
+def ways_of(
+    ranks: Iterable[int], late: Iterable[int] = (), alternate: Iterable[int] = (), halved: Iterable[int] = ()
+) -> list[Way]:
     """All that are chosen, the exact one first.
 
     Example:
-        >>> [way.label for way in ways_of([1, 4], [4], [4])]
-        ['AllReduce', 'rank 1', 'rank 4', 'rank 4, late', 'rank 4, alternate']
+        >>> [way.label for way in ways_of([1, 4], [4], [4], [8])]
+        ['AllReduce', 'rank 1', 'rank 4', 'rank 4, late', 'rank 4, alternate', 'rank 8, bf16 wire']
     """
-    plain = [Way(rank) for rank in ranks]
-    return [Way(), *plain, *(Way(r, late=True) for r in late), *(Way(r, passes="alternate") for r in alternate)]
+    found = [Way(), *(Way(rank) for rank in ranks), *(Way(rank, late=True) for rank in late)]
+    found += [Way(rank, passes="alternate") for rank in alternate]
+    return found + [Way(rank, halved=True) for rank in halved]
 
 
 def parse(label: str) -> Way:
@@ -82,4 +96,4 @@ def parse(label: str) -> Way:
     if label == EXACT:
         return Way()
     rank, *more = label.removeprefix("rank ").split(", ")
-    return Way(int(rank), "alternate" if "alternate" in more else "both", "late" in more)
+    return Way(int(rank), "alternate" if "alternate" in more else "both", "late" in more, "bf16 wire" in more)

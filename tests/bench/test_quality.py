@@ -18,7 +18,7 @@ from bench.quality.ways import Way, parse, ways_of
 from bench.stamp import ROOT, read_lines, write_lines
 from tests.processes import run_ranks
 
-WAYS = st.builds(Way, st.integers(0, 64), st.sampled_from(["both", "alternate"]), st.booleans())
+WAYS = st.builds(Way, st.integers(0, 64), st.sampled_from(["both", "alternate"]), st.booleans(), st.booleans())
 SECONDS = st.floats(1e-3, 10)
 
 
@@ -134,10 +134,10 @@ def test_the_page_has_a_place_for_every_table(tmp_path):
 
 
 def test_the_grid_has_all_seeds_of_a_precision_before_the_next_and_the_short_form_is_a_part_of_it():
-    ways = ways_of([1, 4], [4], [4])
+    ways = ways_of([1, 4], [4], [4], [8])
     found = runs.cases(["dalle", "text"], ways, ["fp32", "bf16"], [0, 1], None)
     assert len(found) == len(set(found)) == 2 * len(ways) * 2 * 2
-    assert [case.precision for case in found] == ["fp32"] * 20 + ["bf16"] * 20
+    assert [case.precision for case in found] == ["fp32"] * 24 + ["bf16"] * 24
     assert {case.steps for case in found if case.task == "dalle"} == {runs.STEPS["dalle"]}
     short = next(bench for bench in BENCHES if bench.name == runs.NAME).short
     assert "--steps" not in short, "the long form would not go on with these runs"
