@@ -91,6 +91,14 @@ class Group:
         curves = [smooth(self.runs[way.label, seed]["train"]) for seed in self.seeds(way)]
         return [None if None in step else statistics.fmean(step) for step in zip(*curves, strict=True)]
 
+    def exact_steps(self, way: Way) -> int | None:
+        """After how many steps exact averages had the smoothed training loss that the way ends with; None if never."""
+        if Way() not in self.ways:
+            return None
+        end = self.curve(way)[-1]
+        exact = enumerate(self.curve(Way()), 1)
+        return next((step for step, loss in exact if None not in (loss, end) and loss <= end), None)
+
     def _loss(self, label: str, seed: int, figure: str) -> float:
         record = self.runs[label, seed]
         last = smooth(record["train"])[-1]

@@ -39,7 +39,7 @@ def widest(found: Iterable[Group]) -> list[Group]:
 def _steps_table(found: Sequence[Group]) -> str:
     head = ["steps", "precision", "way", "seeds", "bytes saved", "held-out loss", "above AllReduce"]
     rows = [_steps_row(group, way) for group in found for way in group.ways]
-    return markdown([*head, f"at most {100 * TARGET:g} %", "training loss above"], rows)
+    return markdown([*head, f"at most {100 * TARGET:g} %", "training loss above", "AllReduce as far after"], rows)
 
 
 def _steps_row(group: Group, way: Way) -> list[str]:
@@ -48,10 +48,12 @@ def _steps_row(group: Group, way: Way) -> list[str]:
     row.append(_range(group.held_out(way), "{:.4f}"))
     away = group.away(way)
     if way.rank == 0 or not away:
-        return [*row, "", "", ""]
+        return [*row, *[""] * 4]
     mean = over_seeds(away.values())
     verdict = "met" if mean.middle <= TARGET else "**not met**"
-    return [*row, _percents(mean), verdict, _percents(over_seeds(group.away(way, "train").values()))]
+    behind = group.exact_steps(way)
+    row += [_percents(mean), verdict, _percents(over_seeds(group.away(way, "train").values()))]
+    return [*row, "" if behind is None else f"{behind:,} steps"]
 
 
 def _savings(group: Group, way: Way) -> list[float]:

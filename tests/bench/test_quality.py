@@ -108,8 +108,18 @@ def test_a_table_shows_the_spread_over_seeds_and_judges_the_mean():
     assert "| 1 | 50.0 % | 2.5000 | +25.00 % | **not met** |" in first
 
 
+@given(st.integers(1, 40))
+def test_a_way_is_as_far_as_exact_averages_were_some_steps_before(behind):
+    records = [run("AllReduce", steps=50), run("rank 4", loss=1.0 + behind, steps=50)]
+    group = groups(records)[0]
+    assert group.exact_steps(Way()) == 50
+    assert group.exact_steps(Way(4)) == 50 - behind
+    assert groups([run("rank 4")])[0].exact_steps(Way(4)) is None
+    assert groups([run("AllReduce"), run("rank 4", loss=0.5)])[0].exact_steps(Way(4)) is None
+
+
 def test_a_way_without_its_exact_run_is_shown_and_not_judged():
-    assert tables([run("rank 4")])["quality-text"].endswith("| 1.0000 |  |  |  |")
+    assert tables([run("rank 4")])["quality-text"].endswith("| 1.0000 |  |  |  |  |")
 
 
 def test_what_is_timed_are_the_runs_with_most_ways_and_without_times_there_is_no_such_table():
