@@ -60,5 +60,23 @@ BENCHES = (
     Bench("overlap", "bench.overlap"),
     Bench("optimizer", "bench.optimizer", ("--rounds", "10")),
     Bench("dalle_speed", "bench.dalle_speed", ("--sizes", "demo", "--rounds", "8")),
+    Bench(
+        "quality",
+        "bench.quality",
+        (
+            "--seeds",
+            "0",
+            "--precisions",
+            "fp32",
+            "--ranks",
+            "4",
+            "--late",
+            "--alternate",
+            "--halved",
+            "8",
+            "--times",
+            "5",
+        ),
+    ),
     Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "200")),
 )

@@ -49,13 +49,24 @@ def write_lines(path: Path, bench: str, records: Iterable[Mapping[str, Any]]) ->
         records: plain values; a number that is not finite is written as its name, for which JSON has no number.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    common = {"bench": bench, **stamp()}
-    path.write_text("".join(json.dumps(_plain({**record, **common})) + "\n" for record in records), encoding="utf-8")
+    path.write_text(_lines(bench, records), encoding="utf-8")
+
+
+def append_lines(path: Path, bench: str, records: Iterable[Mapping[str, Any]]) -> None:
+    """As `write_lines`, behind what the file has already: for a bench that can be interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_lines(bench, records))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Give the records that `write_lines` wrote, stamps included; numbers that are not finite are numbers again."""
     return [_numbers(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(bench: str, records: Iterable[Mapping[str, Any]]) -> str:
+    common = {"bench": bench, **stamp()}
+    return "".join(json.dumps(_plain({**record, **common})) + "\n" for record in records)
 
 
 def _numbers(value: Any) -> Any:
