@@ -19,6 +19,9 @@ DEAD_NORM = 1e-4
 PADDED = 1 << 16
 """Numbers up to which stacks of several heights are filled up with zeros to one, as each call costs more than they."""
 
+FEW = 8
+"""Columns up to which inner products of float32 are taken in float64."""
+
 DEAD_SINE = 1e-2
 """A column whose angle to the columns before it has a smaller sine adds no direction of its own."""
 
@@ -61,14 +64,21 @@ def orthogonalize(matrix: Tensor, identity: float = IDENTITY) -> Tensor:
 
     Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix E.2, step 5.
     """
+    if matrix.shape[-1] == 1:
+        return _unit_column(matrix, identity)
     scaled = unit_size(matrix)
     lengths = torch.linalg.vector_norm(scaled, dim=-2)
-    if matrix.shape[-1] == 1:  # all that a reflection does to a single column, but for its sign
-        scaled[..., 0, :].add_(torch.where(lengths > 0, identity * lengths, 1))
-        return scaled.div_(torch.linalg.vector_norm(scaled, dim=-2, keepdim=True))
     scaled.diagonal(dim1=-2, dim2=-1).add_(identity * lengths.amax(dim=-1, keepdim=True))
     reflectors, tau = torch.geqrf(scaled)
     return torch.linalg.householder_product(reflectors, tau)
+
+
+def _unit_column(matrix: Tensor, identity: float) -> Tensor:
+    """All that a reflection does to a single column, but for its sign."""
+    column = unit_size(matrix) if matrix.dtype == torch.float64 else matrix.double()
+    length = torch.linalg.vector_norm(column, dim=-2)
+    column[..., 0, :].add_(torch.where(length > 0, identity * length, 1))
+    return column.div_(torch.linalg.vector_norm(column, dim=-2, keepdim=True)).to(matrix.dtype)
 
 
 def orthonormal_rows(stacks: Sequence[Tensor]) -> list[Tensor]:
@@ -132,9 +142,11 @@ def normalize_stacks(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         >>> [alive.tolist() for _, alive in normalize_stacks([torch.ones(1, 2, 1), torch.ones(1, 3, 2)])]
         [[[True]], [[True, False]]]
     """
-    scaled = [unit_size(stack) if stack.dtype == torch.float64 else stack for stack in stacks]
-    # Squares of float32 neither overflow nor vanish in float64.
-    grams = [wide.mT @ wide for wide in (each.double() for each in scaled)]
+    # Squares of float32 neither overflow nor vanish in float64; where there are many columns, that is the dearer way.
+    fits = [stack.dtype == torch.float32 and stack.shape[-1] <= FEW for stack in stacks]
+    scaled = [stack if fit else unit_size(stack) for stack, fit in zip(stacks, fits, strict=True)]
+    wide = [each.double() if fit else each for each, fit in zip(scaled, fits, strict=True)]
+    grams = [(each.mT @ each).double() for each in wide]
     results: dict[int, tuple[Tensor, Tensor]] = {}
     for rank in sorted({stack.shape[-1] for stack in stacks}):
         places = [i for i, stack in enumerate(stacks) if stack.shape[-1] == rank]
@@ -155,11 +167,13 @@ def _inverse_lengths(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
 
     Columns shorter than ``least`` are dead: the inverse of their length is beyond their dtype.
     """
+    if gram.shape[-1] == 1:
+        norms = gram[..., 0].sqrt()
+        long = norms > least
+        return torch.where(long, norms.reciprocal(), 0), long
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     long = norms > (DEAD_NORM * norms.amax(dim=-1, keepdim=True)).clamp_min_(least)
-    inverse = torch.where(long, 1 / norms, 0)
-    if gram.shape[-1] == 1:
-        return inverse, long
+    inverse = torch.where(long, norms.reciprocal(), 0)
     cosines = inverse[..., None] * gram * inverse[..., None, :]
     cosines.diagonal(dim1=-2, dim2=-1).add_(0.01 * DEAD_SINE**2)
     factor, _ = torch.linalg.cholesky_ex(cosines)

@@ -67,11 +67,11 @@ class AlternatingPlan(LowRankPlan):
 
     def _held(self, layout: Layout, kept: Sequence[tuple[Tensor, Tensor]], side: str, state: State) -> list[Tensor]:
         """The kept factors of one side, laid out."""
-        stacks = self.recalled(state)
-        if stacks is None:
+        recalled = self.recalled(state)
+        if recalled is None:
             flat = layout.gather([p if side == "left" else q for p, q in kept], side)
         else:
-            flat = torch.cat([stack.reshape(-1) for stack in stacks[side]])
+            flat = torch.cat([stack.reshape(-1) for stack in recalled[1][side]])
         return layout.stacks(flat, side)
 
     def _following(

@@ -1,7 +1,6 @@
 """What low-rank reductions hand to one another: settings, factors, and the outcome of a bucket's rounds."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,7 +56,8 @@ def overflows(outcome: Factorised, matrices: Sequence[Matrix], least_range: floa
         least_range: the largest number of the narrowest dtype among the gradients.
     """
     columns = max(factors.left.shape[-2] for factors in outcome.factors)
-    largest = float(torch.linalg.vector_norm(outcome.last, math.inf))
+    low, high = torch.aminmax(outcome.last)
+    largest = float(torch.maximum(high, low.neg()))
     if largest * columns * 2 < least_range:
         return False
     dtypes = [matrix.slot.parameter.dtype for matrix in matrices]

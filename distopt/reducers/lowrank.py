@@ -98,8 +98,10 @@ class LowRankPlan(Plan):
         outcome = yield from self.factorise(layout, [*batches, *inputs], extra, state)
         if outcome is None or overflows(outcome, [unit.matrix for unit in (*batches, *inputs)], self._smallest_range):
             return None
-        whole, flags = outcome.whole.split([outcome.whole.numel() - len(present), len(present)])
-        used = dict(zip(gradients, flags.tolist(), strict=True)) if present else {}
+        whole, used = outcome.whole, dict[str, float]()
+        if present:
+            whole, flags = whole.split_with_sizes([whole.numel() - len(present), len(present)])
+            used = dict(zip(gradients, flags.tolist(), strict=True))
 
         def commit() -> None:
             split_into(segments, whole)
@@ -157,14 +159,13 @@ class LowRankPlan(Plan):
             self._layouts[ranks, together] = Layout(self.matrices, ranks, units)
         return self._layouts[ranks, together]
 
-    def recalled(self, state: State) -> dict[str, list[Tensor]] | None:
-        """The kept factors as stacks, if they are still those that this plan left behind."""
+    def recalled(self, state: State) -> tuple[Sequence[Tensor], dict[str, list[Tensor]]] | None:
+        """The kept factors, one a matrix and as stacks, if they are still those that this plan left behind."""
         if self._remembered is None:
             return None
-        tensors, stacks = self._remembered
         factors = state.factors
-        mine = all(factors.get(m.key) is t for m, t in zip(self.matrices, tensors, strict=True))
-        return stacks if mine else None
+        mine = all(factors.get(m.key) is t for m, t in zip(self.matrices, self._remembered[0], strict=True))
+        return self._remembered if mine else None
 
     def remember(self, tensors: Sequence[Tensor], stacks: dict[str, list[Tensor]] | None) -> None:
         """Note the stacks whose parts the factors ``tensors`` are, so that they need not be put together again."""

@@ -61,11 +61,11 @@ class TwoPassPlan(LowRankPlan):
 
         Side by side, as the last bits of a product depend on where its operands lie: those of a resumed run, too.
         """
-        stacks = self.recalled(state)
-        before = [self._start(matrix, state) for matrix in self.matrices]
-        if stacks is None:
+        recalled = self.recalled(state)
+        if recalled is None:
+            before = [self._start(matrix, state) for matrix in self.matrices]
             return before, layout.gather(before, "right")
-        return before, torch.cat([stack.reshape(-1) for stack in stacks["right"]])
+        return recalled[0], torch.cat([stack.reshape(-1) for stack in recalled[1]["right"]])
 
     def _start(self, matrix: Matrix, state: State) -> Tensor:
         """Q of the step before, or a draw."""
