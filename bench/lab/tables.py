@@ -3,13 +3,14 @@
 import statistics
 from collections.abc import Sequence
 
+from bench.epfml import HOW_TO_INSTALL
 from bench.lab.figures import EMPTY, Figures, Record
 from bench.lab.targets import Target, link_name
-from bench.lab.ways import ABSENT
+from bench.lab.ways import EPFML
 from bench.lab.workloads import WORKLOADS
 from bench.stamp import markdown
 
-NOT_MEASURED = "not measured: what the package index has under this name holds no code"
+NOT_MEASURED = f"not measured: not installed (`{HOW_TO_INSTALL}`; what the package index has holds no code)"
 
 
 def step_tables(records: Sequence[Record]) -> dict[str, str]:
@@ -36,8 +37,8 @@ def _table(records: Sequence[Record], layout: str, workload: str) -> str:
         for megabits in limits:
             row += _cells(next((r for r in found if r["megabits"] == megabits), None), figures)
         rows.append(row)
-    if replicated:
-        rows.append([ABSENT, NOT_MEASURED, *[""] * (len(head) - 2)])
+    if replicated and all(r["way"] != EPFML for r in mine):
+        rows.append([EPFML, NOT_MEASURED, *[""] * (len(head) - 2)])
     return f"{_subject(mine[0])}\n\n{markdown(head, rows)}"
 
 

@@ -16,12 +16,13 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
+from bench import epfml
 from bench.lab.workloads import Batch, Workload
 from distopt.reducers.reducer import Reducer
 
 ONE_BUCKET = 100_000
 """Megabytes of a bucket that holds every gradient."""
-NOOP, PLAIN, ABSENT = "no-op hook", "DDP", "epfml powersgd"
+NOOP, PLAIN, EPFML = "no-op hook", "DDP", "epfml powersgd, rank 4"
 NATIVE, NODE = "native HSDP", "no averaging between nodes"
 RANKS = (4, 8, 32)
 PASSES: tuple[Literal["both", "alternate"], ...] = ("both", "alternate")
@@ -105,6 +106,38 @@ class TorchPowerSGD(Trained):
         return 4.0 * numbers
 
 
+class EpfmlPowerSGD(Trained):
+    """The package ``powersgd``: no wrapper; gradients are averaged after backward, and keep what was not sent.
+
+    Args:
+        workload: whose model it is.
+        model: built.
+        rank: of its factors.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module, rank: int) -> None:
+        super().__init__(workload, model)
+        self._parameters = list(model.parameters())
+        config = epfml.settings(rank)
+        self._aggregator = epfml.package().PowerSGD(self._parameters, config)
+        self._errors: list[Tensor | None] = [None] * len(self._parameters)
+        self.averages: Sequence[Tensor] = ()
+
+    def step(self, batch: Batch) -> None:
+        """See `Way.step`."""
+        for parameter, error in zip(self._parameters, self._errors, strict=True):
+            parameter.grad = error  # which backward adds to
+        self._loss(self._model(*batch)).backward()
+        self._errors = [parameter.grad for parameter in self._parameters]
+        self.averages = self._aggregator.aggregate([error for error in self._errors if error is not None])
+
+    def rest(self) -> None:
+        """See `Way.rest`. What was not sent is kept: it is the package's memory."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self.averages = ()
+
+
 class Registered(Trained):
     """A model that distopt averages the gradients of.
 
@@ -173,6 +206,8 @@ def replicated(workload: Workload, label: str, weights: Sequence[Tensor], group:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if label.startswith("torch PowerSGD"):
         return TorchPowerSGD(workload, model, int(label.rpartition(" ")[2]))
+    if label == EPFML:
+        return EpfmlPowerSGD(workload, model, 4)
     ddp = DistributedDataParallel(model, process_group=group)
     if label in OURS:
         return Registered(workload, ddp, distopt.register(ddp, OURS[label]))
@@ -194,7 +229,8 @@ def _bf16_hook(state: Any, bucket: dist.GradBucket) -> Future[Tensor]:
 
 REPLICATED = (
     NOOP, PLAIN, "DDP, torch's fp16 hook", "DDP, torch's bf16 hook",
-    "torch PowerSGD, one bucket, rank 4", "torch PowerSGD, one bucket, rank 32", *OURS,
+    "torch PowerSGD, one bucket, rank 4", "torch PowerSGD, one bucket, rank 32",
+    *((EPFML,) if epfml.is_installed() else ()), *OURS,
 )  # fmt: skip
 """Labels of what is compared where each rank has a whole model. ``torch PowerSGD`` ends in its rank."""
 

@@ -1,5 +1,7 @@
 """Is everything in a tensor a finite number?"""
 
+import cmath
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,6 @@ def all_finite(tensor: Tensor) -> bool:
         (True, False)
     """
     wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
-    if bool(torch.isfinite(tensor.sum(dtype=wide))):
+    if cmath.isfinite(tensor.sum(dtype=wide).item()):
         return True
     return bool(torch.isfinite(tensor).all())

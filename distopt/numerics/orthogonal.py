@@ -16,6 +16,12 @@ IDENTITY = 1e-6
 DEAD_NORM = 1e-4
 """A column this much shorter than the longest one carries nothing that float32 can tell from rounding."""
 
+PADDED = 1 << 16
+"""Numbers up to which stacks of several heights are filled up with zeros to one, as each call costs more than they."""
+
+FEW = 8
+"""Columns up to which inner products of float32 are taken in float64."""
+
 DEAD_SINE = 1e-2
 """A column whose angle to the columns before it has a smaller sine adds no direction of its own."""
 
@@ -58,11 +64,48 @@ def orthogonalize(matrix: Tensor, identity: float = IDENTITY) -> Tensor:
 
     Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix E.2, step 5.
     """
+    if matrix.shape[-1] == 1:
+        return _unit_column(matrix, identity)
     scaled = unit_size(matrix)
-    largest = torch.linalg.vector_norm(scaled, dim=-2).amax(dim=-1)
-    scaled.diagonal(dim1=-2, dim2=-1).add_(identity * largest[..., None])
+    lengths = torch.linalg.vector_norm(scaled, dim=-2)
+    scaled.diagonal(dim1=-2, dim2=-1).add_(identity * lengths.amax(dim=-1, keepdim=True))
     reflectors, tau = torch.geqrf(scaled)
     return torch.linalg.householder_product(reflectors, tau)
+
+
+def _unit_column(matrix: Tensor, identity: float) -> Tensor:
+    """All that a reflection does to a single column, but for its sign."""
+    column = unit_size(matrix) if matrix.dtype == torch.float64 else matrix.double()
+    length = torch.linalg.vector_norm(column, dim=-2)
+    column[..., 0, :].add_(torch.where(length > 0, identity * length, 1))
+    return column.div_(torch.linalg.vector_norm(column, dim=-2, keepdim=True)).to(matrix.dtype)
+
+
+def orthonormal_rows(stacks: Sequence[Tensor]) -> list[Tensor]:
+    """`orthogonalize` of many stacks of transposed matrices, in one call where they are small.
+
+    Matrices of fewer rows are filled up with rows of zeros there, which reflections leave alone.
+
+    Args:
+        stacks: ``(k, r, n)`` each, with r <= n, float32 or float64. They are not changed.
+
+    Returns:
+        Stacks of the same shapes, with orthonormal rows.
+
+    Example:
+        >>> [tuple(q.shape) for q in orthonormal_rows([torch.ones(2, 1, 3), torch.ones(1, 1, 5)])]
+        [(2, 1, 3), (1, 1, 5)]
+    """
+    count, longest = sum(len(stack) for stack in stacks), max(stack.shape[2] for stack in stacks)
+    rank = stacks[0].shape[1]
+    alike = all(stack.shape[1] == rank for stack in stacks)
+    if len(stacks) == 1 or not alike or count * longest * rank > PADDED:
+        return [orthogonalize(stack.mT).mT for stack in stacks]
+    padded, lengths = stacks[0].new_zeros(count, rank, longest), [len(stack) for stack in stacks]
+    for part, stack in zip(padded.split_with_sizes(lengths), stacks, strict=True):
+        part[:, :, : stack.shape[2]].copy_(stack)
+    done = orthogonalize(padded.mT).mT.split_with_sizes(lengths)
+    return [part[:, :, : stack.shape[2]] for part, stack in zip(done, stacks, strict=True)]
 
 
 def normalize_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,25 +142,38 @@ def normalize_stacks(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         >>> [alive.tolist() for _, alive in normalize_stacks([torch.ones(1, 2, 1), torch.ones(1, 3, 2)])]
         [[[True]], [[True, False]]]
     """
-    units = [unit_size(stack) for stack in stacks]
-    grams = [wide.mT @ wide for wide in (unit.double() for unit in units)]
+    # Squares of float32 neither overflow nor vanish in float64; where there are many columns, that is the dearer way.
+    fits = [stack.dtype == torch.float32 and stack.shape[-1] <= FEW for stack in stacks]
+    scaled = [stack if fit else unit_size(stack) for stack, fit in zip(stacks, fits, strict=True)]
+    wide = [each.double() if fit else each for each, fit in zip(scaled, fits, strict=True)]
+    grams = [(each.mT @ each).double() for each in wide]
     results: dict[int, tuple[Tensor, Tensor]] = {}
     for rank in sorted({stack.shape[-1] for stack in stacks}):
         places = [i for i, stack in enumerate(stacks) if stack.shape[-1] == rank]
-        inverse, alive = _inverse_lengths(torch.cat([grams[i].reshape(-1, rank, rank) for i in places]))
-        inverse = inverse.to(stacks[places[0]].dtype)
+        dtype = stacks[places[0]].dtype
+        least = torch.finfo(dtype).tiny
+        inverse, alive = _inverse_lengths(torch.cat([grams[i].reshape(-1, rank, rank) for i in places]), least)
+        inverse = inverse.to(dtype)
         counts = [math.prod(stacks[i].shape[:-2]) for i in places]
-        for i, scale, living in zip(places, inverse.split(counts), alive.split(counts), strict=True):
+        scales, living = inverse.split_with_sizes(counts), alive.split_with_sizes(counts)
+        for i, scale, lives in zip(places, scales, living, strict=True):
             shape = (*stacks[i].shape[:-2], rank)
-            results[i] = units[i].mul_(scale.view(shape)[..., None, :]), living.view(shape)
+            results[i] = scaled[i] * scale.view(*shape[:-1], 1, rank), lives.view(shape)
     return [results[i] for i in range(len(stacks))]
 
 
-def _inverse_lengths(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """What to multiply columns by, given their inner products ``(k, r, r)``: 0 for the dead ones; and which live."""
+def _inverse_lengths(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """What to multiply columns by, given their inner products ``(k, r, r)``: 0 for the dead ones; and which live.
+
+    Columns shorter than ``least`` are dead: the inverse of their length is beyond their dtype.
+    """
+    if gram.shape[-1] == 1:
+        norms = gram[..., 0].sqrt()
+        long = norms > least
+        return torch.where(long, norms.reciprocal(), 0), long
     norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    long = norms > DEAD_NORM * norms.amax(dim=-1, keepdim=True)
-    inverse = torch.where(long, 1 / norms, 0)
+    long = norms > (DEAD_NORM * norms.amax(dim=-1, keepdim=True)).clamp_min_(least)
+    inverse = torch.where(long, norms.reciprocal(), 0)
     cosines = inverse[..., None] * gram * inverse[..., None, :]
     cosines.diagonal(dim1=-2, dim2=-1).add_(0.01 * DEAD_SINE**2)
     factor, _ = torch.linalg.cholesky_ex(cosines)

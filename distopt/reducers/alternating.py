@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from distopt.comm.requests import Request
-from distopt.numerics.orthogonal import orthogonalize
-from distopt.reducers.lowrank import Factorised, Factors, LowRankPlan
-from distopt.reducers.matrix import Matrix
-from distopt.reducers.operand import Operand
+from distopt.numerics.orthogonal import orthonormal_rows
+from distopt.reducers.factors import Factorised, Factors
+from distopt.reducers.lowrank import LowRankPlan, Units
+from distopt.reducers.matrix import Layout, Matrix
 from distopt.reducers.reducer import State
 
 
@@ -26,30 +26,28 @@ class AlternatingPlan(LowRankPlan):
     """
 
     def factorise(
-        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+        self, layout: Layout, inputs: Units, extra: Sequence[Tensor], state: State
     ) -> Generator[Request, Tensor, Factorised | None]:
         """See `LowRankPlan.factorise`."""
-        layout, even = self.layout(state), state.step % 2 == 0
+        even = state.step % 2 == 0
         side, other = ("left", "right") if even else ("right", "left")
         kept = [self._kept(matrix, state) for matrix in self.matrices]
-        flat = layout.gather([q if even else p for p, q in kept], other)
-        bases = layout.each([orthogonalize(stack.mT).mT for stack in layout.stacks(flat, other)], other)
+        held = self._held(layout, kept, other, state)
+        bases = layout.by_unit(orthonormal_rows(held), other)
         payload = self.payload(inputs, layout.numel(side))
-        for operand, basis, factor in zip(inputs, bases, layout.views(payload, side), strict=True):
-            (operand.times_right if even else operand.times_left)(basis, factor)
+        for unit, basis, factor in zip(inputs, bases, layout.views(payload, side), strict=True):
+            (unit.times_right if even else unit.times_left)(basis, factor)
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
         whole, sent = shared
-        averages, own = (layout.views(flat, side) for flat in sent)
-        stacks = [stack.mT for stack in layout.stacks(sent.average, side)]
-        renewed = self.renew(layout, side, stacks, [p if even else q for p, q in kept], state.step)
-        factors: list[Factors] = []
-        for (p, q), basis, average, mine, new in zip(kept, bases, averages, own, renewed, strict=True):
-            following = torch.cat([new, q] if even else [p, new])
-            pairs = (average, basis, mine, basis) if even else (basis, average, basis, mine)
-            factors.append(Factors(*pairs, following))
-        return Factorised(whole, factors, side, sent.average)
+        averages, own = (layout.views(numbers, side) for numbers in sent)
+        following = self._following(layout, side, sent.average, kept, held, state)
+        factors = [
+            Factors(average, basis, mine, basis) if even else Factors(basis, average, basis, mine)
+            for basis, average, mine in zip(bases, averages, own, strict=True)
+        ]
+        return Factorised(whole, factors, side, sent.average, following)
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""
@@ -66,3 +64,31 @@ class AlternatingPlan(LowRankPlan):
             kept = self.first_factor(matrix)
         assert kept is not None
         return kept[: matrix.left], kept[matrix.left :]
+
+    def _held(self, layout: Layout, kept: Sequence[tuple[Tensor, Tensor]], side: str, state: State) -> list[Tensor]:
+        """The kept factors of one side, laid out."""
+        recalled = self.recalled(state)
+        if recalled is None:
+            flat = layout.gather([p if side == "left" else q for p, q in kept], side)
+        else:
+            flat = torch.cat([stack.reshape(-1) for stack in recalled[1][side]])
+        return layout.stacks(flat, side)
+
+    def _following(
+        self,
+        layout: Layout,
+        side: str,
+        sent: Tensor,
+        kept: Sequence[tuple[Tensor, Tensor]],
+        held: list[Tensor],
+        state: State,
+    ) -> list[Tensor]:
+        """Both factors for the next step, one above the other."""
+        even = side == "left"
+        old = [p if even else q for p, q in kept]
+        renewed, stacks = self.renew(layout, side, [s.mT for s in layout.stacks(sent, side)], old, state.step)
+        pairs = zip(renewed, kept, strict=True)
+        following = [torch.cat([new, q] if even else [p, new]) for new, (p, q) in pairs]
+        other = "right" if even else "left"
+        self.remember(following, None if stacks is None else {side: stacks, other: held})
+        return following

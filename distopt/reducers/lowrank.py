@@ -5,10 +5,9 @@ find. Symbols as in `distopt.numerics.reference`.
 """
 
 import abc
-import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,45 +17,18 @@ from distopt.numerics.codecs import FloatCodec, PlainCodec
 from distopt.numerics.finite import all_finite
 from distopt.numerics.gaussian import seeded_gaussian
 from distopt.numerics.orthogonal import normalize_columns, normalize_stacks
-from distopt.numerics.storage import StorageDtype, pack, unpack
+from distopt.numerics.storage import pack, unpack
 from distopt.reducers.allreduce import split_into
+from distopt.reducers.batch import Batch, Run, planned_runs
 from distopt.reducers.coded import Coded, Sent, coded_average
-from distopt.reducers.energy import EnergyRank
+from distopt.reducers.factors import Factorised, Factors, LowRankSettings, norms_of, overflows
 from distopt.reducers.matrix import Layout, Matrix
-from distopt.reducers.memory import Memory, flush, forget, working_dtype
+from distopt.reducers.memory import flush, forget, working_dtype
 from distopt.reducers.operand import Operand
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Proposal, Reduction, Slot, State
 
-
-class Factors(NamedTuple):
-    """A low-rank matrix as all ranks have it, and as this rank put it in: all transposed."""
-
-    left: Tensor  # Pᵀ, (r, n)
-    right: Tensor  # Qᵀ, (r, m)
-    own_left: Tensor
-    own_right: Tensor
-    next: Tensor | None  # what the next step starts from, a column a direction; None: nothing is kept
-
-
-class Factorised(NamedTuple):
-    """What the rounds of a bucket came to."""
-
-    whole: Tensor  # the average of what is sent whole, in one piece
-    factors: list[Factors]
-    side: str  # which factors came last, "left" or "right"; the columns of the others are orthonormal
-    last: Tensor  # all of these, averaged, as `Layout` lays them out
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRankSettings:
-    """What a plan needs to know of `PowerSGD`."""
-
-    seed: int
-    basis: str
-    memory: Memory
-    factor_dtype: StorageDtype | None
-    wire_dtype: torch.dtype | None
-    energy: EnergyRank | None
+Units: TypeAlias = Sequence[Operand | Batch]
+"""What is worked on at a time: a matrix, or several small ones."""
 
 
 class LowRankPlan(Plan):
@@ -80,17 +52,21 @@ class LowRankPlan(Plan):
         self._slots = [slots[i] for i in self._chosen]
         self._whole_slots = [slots[i] for i in self._whole]
         self._optional = any(slot.optional for slot in self._slots)
-        self._places = [[i for i, m in enumerate(self.matrices) if m.slot is slot] for slot in self._slots]
         self._fixed: dict[str, Tensor] = {}
         self._most = tuple(matrix.rank for matrix in self.matrices)
         self._raw = sum(slot.parameter.numel() * slot.parameter.element_size() for slot in self._slots)
-        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._layouts: dict[tuple[tuple[int, ...], bool], Layout] = {}
+        self._smallest_range = min(torch.finfo(slot.parameter.dtype).max for slot in self._slots)
+        self._runs = planned_runs(slots, matrices, settings.memory) if settings.energy is None else []
+        batched = {index for run in self._runs for index in run.indices}
+        self._alone = [i for i in range(len(self.matrices)) if i not in batched]
+        self._remembered: tuple[Sequence[Tensor], dict[str, list[Tensor]]] | None = None
 
     @abc.abstractmethod
     def factorise(
-        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+        self, layout: Layout, inputs: Units, extra: Sequence[Tensor], state: State
     ) -> Generator[Request, Tensor, Factorised | None]:
-        """Find the factors of ``inputs``, one a matrix, and average ``extra`` along with the first of them.
+        """Find the factors of ``inputs``, which ``layout`` lays out, and average ``extra`` with the first of them.
 
         Returns:
             What came of it; ``None`` if anything averaged was not finite.
@@ -109,35 +85,41 @@ class LowRankPlan(Plan):
         gradients = {slot.name: bucket.gradients[i] for slot, i in zip(self._slots, self._chosen, strict=True)}
         segments = [bucket.segments[i] for i in self._whole]
         flushed = flush(self._whole_slots, [bucket.gradients[i] for i in self._whole], state)
-        norms = _norms(gradients) if state.figures is not None else {}
+        norms = {n: _norm(g) for n, g in gradients.items()} if state.figures is not None else {}
         present = [float(g.any()) for g in gradients.values()] if self._optional else []
-        residuals = state.residuals
-        inputs = [Operand(m, gradients[m.slot.name], residuals.get(m.slot.name)) for m in self.matrices]
+        together = bool(self._runs) and all(run.lies_in(bucket) for run in self._runs)
+        layout, runs = self.layout(state, together), self._runs if together else ()
+        inputs = self._operands(gradients, state, together)
+        batches = [run.take(bucket, state) for run in runs]
         first = self.matrices[0].dtype
         extra = [segment if segment.dtype == first else segment.to(first) for segment in segments]
         if present:
-            extra.append(torch.tensor(present, dtype=first, device=inputs[0].device))
-        outcome = yield from self.factorise(inputs, extra, state)
-        if outcome is None:
+            extra.append(torch.tensor(present, dtype=first, device=bucket.gradients[0].device))
+        outcome = yield from self.factorise(layout, [*batches, *inputs], extra, state)
+        if outcome is None or overflows(outcome, [unit.matrix for unit in (*batches, *inputs)], self._smallest_range):
             return None
-        averaged, factors = outcome.whole, outcome.factors
-        if self._overflow(outcome):
-            return None
-        whole, flags = averaged.split([averaged.numel() - len(present), len(present)])
-        used = flags.tolist() if present else [1.0] * len(gradients)
+        whole, used = outcome.whole, dict[str, float]()
+        if present:
+            whole, flags = whole.split_with_sizes([whole.numel() - len(present), len(present)])
+            used = dict(zip(gradients, flags.tolist(), strict=True))
 
         def commit() -> None:
             split_into(segments, whole)
             forget(flushed, state)
-            for slot, places, is_used in zip(self._slots, self._places, used, strict=True):
-                if is_used:
-                    own = [(inputs[i], factors[i]) for i in places]
-                    self._commit(slot, own, gradients[slot.name], norms.get(slot.name), state)
+            for run, batch, factors in zip(runs, batches, outcome.factors, strict=False):
+                self._commit_run(run, batch, factors, norms, state)
+            alone: dict[str, list[tuple[Operand, Factors]]] = {}
+            for operand, factors in zip(inputs, outcome.factors[len(runs) :], strict=True):
+                alone.setdefault(operand.matrix.slot.name, []).append((operand, factors))
+            for name, own in alone.items():
+                if used.get(name, 1.0):
+                    self._commit(own[0][0].matrix.slot, own, gradients[name], norms.get(name), state)
                 else:
-                    gradients[slot.name].zero_()
+                    gradients[name].zero_()
+            self._keep_factors(outcome.following, used, state)
 
         # A step may leave optional parameters without a gradient: what their factors say is not delivered then.
-        delivered = {} if present else self._norms(outcome, state)
+        delivered = {} if present else norms_of(outcome, layout, self.matrices)
         return Proposal(commit, self._bytes(state), delivered)
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
@@ -169,12 +151,26 @@ class LowRankPlan(Plan):
             if matrix.key not in state.factors and first is not None:
                 state.factors[matrix.key] = pack(first, self.settings.factor_dtype)
 
-    def layout(self, state: State) -> Layout:
-        """Where the factors of this step lie."""
+    def layout(self, state: State, together: bool) -> Layout:
+        """Where the factors of this step lie; units are the runs, if they are worked on together, and then the rest."""
         ranks = self._most if self.settings.energy is None else tuple(self._rank(m, state) for m in self.matrices)
-        if ranks not in self._layouts:
-            self._layouts[ranks] = Layout(self.matrices, ranks)
-        return self._layouts[ranks]
+        if (ranks, together) not in self._layouts:
+            units = [*(run.indices for run in self._runs), *([i] for i in self._alone)] if together else None
+            self._layouts[ranks, together] = Layout(self.matrices, ranks, units)
+        return self._layouts[ranks, together]
+
+    def recalled(self, state: State) -> tuple[Sequence[Tensor], dict[str, list[Tensor]]] | None:
+        """The kept factors, one a matrix and as stacks, if they are still those that this plan left behind."""
+        if self._remembered is None:
+            return None
+        factors = state.factors
+        mine = all(factors.get(m.key) is t for m, t in zip(self.matrices, self._remembered[0], strict=True))
+        return self._remembered if mine else None
+
+    def remember(self, tensors: Sequence[Tensor], stacks: dict[str, list[Tensor]] | None) -> None:
+        """Note the stacks whose parts the factors ``tensors`` are, so that they need not be put together again."""
+        exact = stacks is not None and self.settings.factor_dtype is None and self.settings.energy is None
+        self._remembered = (tensors, stacks) if stacks is not None and exact else None
 
     def kept_factor(self, matrix: Matrix, state: State, rows: int) -> Tensor | None:
         """The factor of the step before, fitted to the rank of this one; ``None`` before the first."""
@@ -198,7 +194,7 @@ class LowRankPlan(Plan):
 
     def renew(
         self, layout: Layout, side: str, stacks: Sequence[Tensor], old: Sequence[Tensor], step: int
-    ) -> list[Tensor]:
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Factors for the next step: columns of length 1, dead ones drawn anew; a gradient of zero leaves ``old``.
 
         Args:
@@ -207,11 +203,14 @@ class LowRankPlan(Plan):
             stacks: as `Layout.stacks` gives them, turned back: ``(k, rows, rank)``.
             old: what this step started from, one a matrix.
             step: its number.
+
+        Returns:
+            One factor a matrix, and the stacks that they are parts of, where none had to be drawn.
         """
         units, living = zip(*normalize_stacks(stacks), strict=True)
         factors = layout.each(units, side)
         if bool(torch.cat([alive.reshape(-1) for alive in living]).all()):
-            return factors
+            return factors, [unit.mT for unit in units]
         renewed: list[Tensor] = []
         for matrix, before, unit, alive in zip(self.matrices, old, factors, layout.each(living, side), strict=True):
             if not bool(alive.any()):
@@ -219,7 +218,7 @@ class LowRankPlan(Plan):
             elif not bool(alive.all()):
                 unit = torch.where(alive, unit, self.draw(matrix, *unit.shape, step + 1))
             renewed.append(unit)
-        return renewed
+        return renewed, None
 
     def share(
         self, extra: Sequence[Tensor], factors: Tensor, state: State, phase: int
@@ -238,7 +237,7 @@ class LowRankPlan(Plan):
             return None
         return sent[1].average if numel > 0 else factors[:0], sent[0]
 
-    def payload(self, inputs: Sequence[Operand], numel: int) -> Tensor:
+    def payload(self, inputs: Units, numel: int) -> Tensor:
         """Room for factors."""
         return torch.empty(numel, dtype=self.matrices[0].dtype, device=inputs[0].device)
 
@@ -248,6 +247,27 @@ class LowRankPlan(Plan):
 
     def _bytes(self, state: State) -> tuple[int, int]:
         return self._raw, sum(self._sent_bytes(matrix, state) for matrix in self.matrices)
+
+    def _operands(self, gradients: Mapping[str, Tensor], state: State, together: bool) -> list[Operand]:
+        matrices = [self.matrices[i] for i in self._alone] if together else self.matrices
+        return [Operand(m, gradients[m.slot.name], state.residuals.get(m.slot.name)) for m in matrices]
+
+    def _commit_run(self, run: Run, batch: Batch, factors: Factors, norms: Mapping[str, float], state: State) -> None:
+        """What `_commit` does, for several matrices."""
+        input_norms = batch.norms() if state.figures is not None else []
+        batch.settle(*factors, run.room(state))
+        residual_norms = run.keep(state)
+        if state.figures is None or residual_norms is None:
+            return
+        for member, before, after in zip(run.members, input_norms, residual_norms, strict=True):
+            name, parameter = member.matrix.slot.name, member.matrix.slot.parameter
+            raw, sent = parameter.numel() * parameter.element_size(), self._sent_bytes(member.matrix, state)
+            state.figures[name] = Figures(norms[name], before, after, raw, sent)
+
+    def _keep_factors(self, following: Sequence[Tensor | None], used: Mapping[str, float], state: State) -> None:
+        for matrix, factor in zip(self.matrices, following, strict=True):
+            if factor is not None and used.get(matrix.slot.name, 1.0):
+                state.factors[matrix.key] = pack(factor, self.settings.factor_dtype)
 
     def _sent_bytes(self, matrix: Matrix, state: State) -> int:
         dtype = self.settings.wire_dtype or matrix.dtype
@@ -276,35 +296,9 @@ class LowRankPlan(Plan):
             sent = sum(self._sent_bytes(operand.matrix, state) for operand, _ in own)
             state.figures[slot.name] = Figures(gradient_norm, input_norm, _norm(room), raw, sent)
         self.settings.memory.keep(slot, room, state)
-        for operand, factors in own:
-            if in_place:
+        if in_place:
+            for operand, factors in own:
                 operand.deliver(factors.left, factors.right)
-            if factors.next is not None:
-                state.factors[operand.matrix.key] = pack(factors.next, self.settings.factor_dtype)
-
-    def _overflow(self, outcome: Factorised) -> bool:
-        """Whether any P Qᵀ has an element beyond the range of its gradient. Alike on all ranks, as both factors are."""
-        columns = max(factors.left.shape[0] for factors in outcome.factors)
-        largest = float(outcome.last.abs().amax())
-        dtypes = [matrix.slot.parameter.dtype for matrix in self.matrices]
-        if largest * columns * 2 < min(torch.finfo(dtype).max for dtype in set(dtypes)):
-            return False
-        products = ((f.left.mT @ f.right).to(dtype) for f, dtype in zip(outcome.factors, dtypes, strict=True))
-        return not all(bool(torch.isfinite(product).all()) for product in products)
-
-    def _norms(self, outcome: Factorised, state: State) -> dict[str, Tensor]:
-        """Norms of P Qᵀ by parameter name: those of the factor that came last, as the other is orthonormal."""
-        stacks = self.layout(state).stacks(outcome.last, outcome.side)
-        each = [torch.linalg.vector_norm(stack, dim=(1, 2)) for stack in stacks]
-        norms: dict[str, Tensor] = {}
-        for matrix, norm in zip(self.matrices, self.layout(state).each(each, outcome.side), strict=True):
-            name = matrix.slot.name
-            norms[name] = torch.hypot(norms[name], norm) if name in norms else norm
-        return norms
-
-
-def _norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: _norm(gradient) for name, gradient in gradients.items()}
 
 
 def _norm(tensor: Tensor) -> float:

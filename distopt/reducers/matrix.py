@@ -88,12 +88,21 @@ class Layout:
     Args:
         matrices: in any order.
         ranks: columns of each one's factors in this step.
+        units: which matrices are worked on together, each in one unit; those of one are equal in shape and rank, and
+            follow one another among their equals. Each alone if ``None``.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], ranks: Sequence[int]) -> None:
+    def __init__(
+        self, matrices: Sequence[Matrix], ranks: Sequence[int], units: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        alike: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for index, (matrix, rank) in enumerate(zip(matrices, ranks, strict=True)):
+            alike.setdefault((matrix.shape, rank), []).append(index)
+        order = [index for group in alike.values() for index in group]
+        units = [[index] for index in range(len(matrices))] if units is None else units
         self._sides = {
-            "left": _Side([(rank, m.left) for m, rank in zip(matrices, ranks, strict=True)]),
-            "right": _Side([(rank, m.right) for m, rank in zip(matrices, ranks, strict=True)]),
+            "left": _Side([(rank, m.left) for m, rank in zip(matrices, ranks, strict=True)], order, units),
+            "right": _Side([(rank, m.right) for m, rank in zip(matrices, ranks, strict=True)], order, units),
         }
 
     def numel(self, side: str) -> int:
@@ -116,19 +125,42 @@ class Layout:
         parts = [part for stack in stacks for part in stack.unbind()]
         return [parts[i] for i in self._sides[side].places]
 
+    def by_unit(self, stacks: Sequence[Tensor], side: str) -> list[Tensor]:
+        """The same by unit: ``(k, ...)`` for several matrices, ``(...)`` for one."""
+        places = self._sides[side]
+        cut = zip(stacks, places.lengths, strict=True)
+        parts = [part for stack, lengths in cut for part in stack.split_with_sizes(lengths)]
+        return [parts[i][0] if alone else parts[i] for i, alone in places.unit_places]
+
     def views(self, payload: Tensor, side: str) -> list[Tensor]:
-        """The payload as one ``(rank, rows)`` view a matrix."""
-        return self.each(self.stacks(payload, side), side)
+        """The payload as one ``(rank, rows)`` or ``(k, rank, rows)`` view a unit."""
+        start = payload.storage_offset()
+        views = self._sides[side].views
+        return [payload.as_strided(shape, strides, start + offset) for shape, strides, offset in views]
 
 
 class _Side:
-    """How the factors of one side are arranged, given the shape of each."""
+    """How the factors of one side are arranged, given the shape of each and the order within those of one shape."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], order: Sequence[int], units: Sequence[Sequence[int]]) -> None:
         groups: dict[tuple[int, int], list[int]] = {}
-        for index, shape in enumerate(shapes):
-            groups.setdefault(shape, []).append(index)
+        for index in order:
+            groups.setdefault(shapes[index], []).append(index)
         self.shapes = [(len(group), *shape) for shape, group in groups.items()]
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.order = [index for group in groups.values() for index in group]
         self.places = [self.order.index(index) for index in range(len(shapes))]
+        first = {unit[0]: unit for unit in units}
+        begun = [[index for index in group if index in first] for group in groups.values()]
+        self.lengths = [[len(first[index]) for index in group] for group in begun]
+        pieces = [index for group in begun for index in group]
+        self.unit_places = [(pieces.index(unit[0]), len(unit) == 1) for unit in units]
+        starts: dict[int, int] = {}
+        for index in self.order:
+            starts[index] = sum(math.prod(shapes[before]) for before in starts)
+        self.views = [_view(len(unit), *shapes[unit[0]], starts[unit[0]]) for unit in units]
+
+
+def _view(count: int, rank: int, rows: int, start: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Shape, strides and offset of a unit in a payload."""
+    return ((rank, rows), (rows, 1), start) if count == 1 else ((count, rank, rows), (rank * rows, rows, 1), start)

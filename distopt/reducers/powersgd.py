@@ -17,7 +17,7 @@ from distopt.numerics.storage import StorageDtype, check_storage
 from distopt.reducers.allreduce import AllReducePlan
 from distopt.reducers.alternating import AlternatingPlan
 from distopt.reducers.energy import EnergyRank
-from distopt.reducers.lowrank import LowRankSettings
+from distopt.reducers.factors import LowRankSettings
 from distopt.reducers.matrix import Matrix
 from distopt.reducers.memory import Memory, is_compressible
 from distopt.reducers.phases import Phase, PhasedPlan

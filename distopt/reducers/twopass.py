@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distopt.comm.requests import Request
-from distopt.numerics.orthogonal import orthogonalize
-from distopt.reducers.lowrank import Factorised, Factors, LowRankPlan
-from distopt.reducers.matrix import Matrix
-from distopt.reducers.operand import Operand
+from distopt.numerics.orthogonal import orthonormal_rows
+from distopt.reducers.factors import Factorised, Factors
+from distopt.reducers.lowrank import LowRankPlan, Units
+from distopt.reducers.matrix import Layout, Matrix
 from distopt.reducers.reducer import State
 
 
@@ -20,32 +20,29 @@ class TwoPassPlan(LowRankPlan):
     """P = M Q, orthonormalised, then Q = Mᵀ P; both averaged."""
 
     def factorise(
-        self, inputs: Sequence[Operand], extra: Sequence[Tensor], state: State
+        self, layout: Layout, inputs: Units, extra: Sequence[Tensor], state: State
     ) -> Generator[Request, Tensor, Factorised | None]:
         """See `LowRankPlan.factorise`."""
-        layout = self.layout(state)
-        before = [self._start(matrix, state) for matrix in self.matrices]
-        # Side by side, as the last bits of a product depend on where its operands lie: those of a resumed run, too.
-        bases = layout.views(layout.gather(before, "right"), "right")
+        before, flat = self._basis(layout, state)
         payload = self.payload(inputs, layout.numel("left"))
-        for operand, q, p in zip(inputs, bases, layout.views(payload, "left"), strict=True):
-            operand.times_right(q, p)
+        for unit, q, p in zip(inputs, layout.views(flat, "right"), layout.views(payload, "left"), strict=True):
+            unit.times_right(q, p)
         shared = yield from self.share(extra, payload, state, 0)
         if shared is None:
             return None
         whole, sent = shared
 
-        lefts = layout.each([orthogonalize(s.mT).mT for s in layout.stacks(sent.average, "left")], "left")
+        lefts = layout.by_unit(orthonormal_rows(layout.stacks(sent.average, "left")), "left")
         payload = self.payload(inputs, layout.numel("right"))
-        for operand, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
-            operand.times_left(p, q)
+        for unit, p, q in zip(inputs, lefts, layout.views(payload, "right"), strict=True):
+            unit.times_left(p, q)
         shared = yield from self.share([], payload, state, 1)
         if shared is None:
             return None
-        rights, own = (layout.views(flat, "right") for flat in shared[1])
-        following = self._following(shared[1].average, before, state)
-        factors = [Factors(*fs) for fs in zip(lefts, rights, lefts, own, following, strict=True)]
-        return Factorised(whole, factors, "right", shared[1].average)
+        rights, own = (layout.views(numbers, "right") for numbers in shared[1])
+        following = self._following(layout, shared[1].average, before, state)
+        factors = [Factors(*fs) for fs in zip(lefts, rights, lefts, own, strict=True)]
+        return Factorised(whole, factors, "right", shared[1].average, following)
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""
@@ -58,6 +55,17 @@ class TwoPassPlan(LowRankPlan):
         energy = self.settings.energy
         rank = matrix.rank if energy is None else min(matrix.rank, energy.rank(None))
         return self.draw(matrix, matrix.right, rank, 0)
+
+    def _basis(self, layout: Layout, state: State) -> tuple[Sequence[Tensor], Tensor]:
+        """What this step starts from, by matrix, and laid out.
+
+        Side by side, as the last bits of a product depend on where its operands lie: those of a resumed run, too.
+        """
+        recalled = self.recalled(state)
+        if recalled is None:
+            before = [self._start(matrix, state) for matrix in self.matrices]
+            return before, layout.gather(before, "right")
+        return recalled[0], torch.cat([stack.reshape(-1) for stack in recalled[1]["right"]])
 
     def _start(self, matrix: Matrix, state: State) -> Tensor:
         """Q of the step before, or a draw."""
@@ -74,16 +82,19 @@ class TwoPassPlan(LowRankPlan):
         assert first is not None
         return first
 
-    def _following(self, rights: Tensor, before: Sequence[Tensor], state: State) -> Sequence[Tensor | None]:
+    def _following(
+        self, layout: Layout, rights: Tensor, before: Sequence[Tensor], state: State
+    ) -> Sequence[Tensor | None]:
         """Q for the next step, with columns of length 1, so that nothing depends on the gradient's unit."""
         if self.settings.basis != "warm":
             return [None] * len(before)
-        layout, energy = self.layout(state), self.settings.energy
+        energy = self.settings.energy
         stacks = [stack.mT for stack in layout.stacks(rights, "right")]
         adapts = energy is not None and energy.adapts_after(state.step)
         if energy is not None and adapts:
             stacks = [energy.sorted_columns(stack) for stack in stacks]
-        renewed = self.renew(layout, "right", stacks, before, state.step)
+        renewed, whole = self.renew(layout, "right", stacks, before, state.step)
+        self.remember(renewed, None if whole is None else {"right": whole})
         if energy is None or not adapts:
             return renewed
         following: list[Tensor] = []

@@ -84,3 +84,18 @@ def test_living_columns_are_units_and_independent(kind, rows, columns, seed):
         "constant": 1,
     }
     assert int(alive.sum()) == expected.get(kind, int(alive.sum()))
+
+
+@given(
+    kind=st.sampled_from([kind for kind in KINDS if kind != "graded"]),
+    rows=st.integers(12, 60),
+    columns=st.sampled_from([1, 3, 9, 12]),
+    exponent=st.integers(-30, 30),
+    seed=st.integers(0, 2**31),
+)
+def test_float32_columns_live_as_those_of_float64_do(kind, rows, columns, exponent, seed):
+    matrix = make(kind, rows, columns, torch.float32, seed) * 10.0**exponent
+    unit, alive = normalize_columns(matrix)
+    expected, expected_alive = normalize_columns(matrix.double())
+    assert torch.equal(alive, expected_alive)
+    assert torch.allclose(unit.double(), expected, rtol=0, atol=2e-6)
