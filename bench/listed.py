@@ -74,6 +74,8 @@ BENCHES = (
             "--alternate",
             "--halved",
             "8",
+            "--theirs",
+            "4",
             "--times",
             "5",
         ),

@@ -36,7 +36,7 @@ def main() -> None:
     path = chosen.out / f"{NAME}.jsonl"
     if chosen.fresh:
         path.unlink(missing_ok=True)
-    ways = ways_of(chosen.ranks, chosen.late, chosen.alternate, chosen.halved)
+    ways = ways_of(chosen.ranks, chosen.late, chosen.alternate, chosen.halved, chosen.theirs)
     wanted = cases(chosen.tasks, ways, chosen.precisions, chosen.seeds, chosen.steps)
     for case in missing(wanted, path):
         run(case, path)
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--alternate", type=_count, nargs="*", default=[4], help="ranks of PowerSGD in alternating passes"
     )
     parser.add_argument("--halved", type=_count, nargs="*", default=[8, 16], help="ranks with factors sent in bfloat16")
+    parser.add_argument("--theirs", type=_count, nargs="*", default=[4, 16], help="ranks of torch's hook (text)")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=_count, help="of every run, in the place of each task's own")

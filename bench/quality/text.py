@@ -1,17 +1,21 @@
 """A character-level transformer on the sources of Python's own library: its training on one of several ranks."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_hook
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import distopt
+from bench.lab.ways import ONE_BUCKET
 from bench.lab.workloads import Gpt
 from bench.quality.case import WORLD, Case, Outcome
 from bench.scaling.network import CONTEXT, Text
 from distopt.numerics.emulation import emulated_16bit
+from distopt.numerics.storage import StorageDtype
 
 WIDTH, BRANCHES = 128, 4
 ROWS = 8
@@ -59,10 +63,8 @@ def train(rank: int, case: Case) -> Outcome:
     text = Text()
     torch.manual_seed(case.seed)
     model = Characters()
-    ddp = DistributedDataParallel(model)
     halves = case.precision == "bf16"
-    reducer = case.way.reducer(case.steps, torch.bfloat16 if halves else None)
-    registration = distopt.register(ddp, reducer)
+    ddp, saving = _averaging(model, case, torch.bfloat16 if halves else None)
     optimizer = optimizer_of(model)
     losses: list[float] = []
     for step in range(case.steps):
@@ -79,4 +81,16 @@ def train(rank: int, case: Case) -> Outcome:
         losses.append(loss.item())
     with torch.no_grad():
         held_out = model(text.batch(HELD_OUT, _SEED_OF_HELD_OUT, judge=True)).item()
-    return Outcome(losses, held_out, registration.stats().saving, 0)
+    return Outcome(losses, held_out, saving(), 0)
+
+
+def _averaging(model: nn.Module, case: Case, kept: StorageDtype | None) -> tuple[nn.Module, Callable[[], float]]:
+    """The model, its gradients averaged, and what tells the fraction of bytes that is not sent."""
+    if case.way.theirs:
+        ddp = DistributedDataParallel(model, bucket_cap_mb=ONE_BUCKET)  # more, it does not survive on gloo
+        state = torch_hook.PowerSGDState(None, matrix_approximation_rank=case.way.rank, start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, torch_hook.powerSGD_hook)
+        return ddp, lambda: 1 - 1 / state.compression_stats()[0]
+    ddp = DistributedDataParallel(model)
+    registration = distopt.register(ddp, case.way.reducer(case.steps, kept))
+    return ddp, lambda: registration.stats().saving

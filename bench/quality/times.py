@@ -19,6 +19,7 @@ from bench.lab.hosts import Link, check, run_on_hosts
 from bench.lab.steps import Network, measure
 from bench.lab.workloads import WORKLOADS, Batch, Workload, draw_symbols
 from bench.quality import text
+from bench.quality.runs import THEIRS
 from bench.quality.ways import Way, parse
 
 LIMITS = (None, 1000, 100)
@@ -42,11 +43,7 @@ class Trainer:
     def __init__(self, workload: Workload, way: Way) -> None:
         torch.manual_seed(0)
         self._model = workload.build()
-        ddp = DistributedDataParallel(self._model)
-        if way.rank == 0:
-            self._way: lab.Way = lab.Trained(workload, ddp)
-        else:
-            self._way = lab.Registered(workload, ddp, distopt.register(ddp, way.reducer(0, None)))
+        self._way = _reducing(workload, self._model, way)
         self._optimizer = text.optimizer_of(self._model)
 
     def step(self, batch: Batch) -> None:
@@ -68,6 +65,15 @@ class Trainer:
         return self._way.reducing()
 
 
+def _reducing(workload: Workload, model: nn.Module, way: Way) -> lab.Way:
+    if way.theirs:
+        return lab.TorchPowerSGD(workload, model, way.rank)
+    ddp = DistributedDataParallel(model)
+    if way.rank == 0:
+        return lab.Trained(workload, ddp)
+    return lab.Registered(workload, ddp, distopt.register(ddp, way.reducer(0, None)))
+
+
 def steps_of(
     task: str, ways: Iterable[Way], network: Network, rounds: int, limits: Sequence[int | None] = LIMITS
 ) -> list[dict[str, Any]]:
@@ -79,7 +85,9 @@ def steps_of(
         A record for each way over each network: ``seconds`` of the steps, in the order of the rounds.
     """
     workload, generator = WORKLOADS_OF[task], torch.Generator().manual_seed(dist.get_rank())
-    trainers = {way.label: Trainer(workload, way) for way in ways if not way.late}
+    trainers = {
+        way.label: Trainer(workload, way) for way in ways if not way.late and (task in THEIRS or not way.theirs)
+    }
     rows = workload.rows or 1
     found = measure(network, limits, trainers, lambda: workload.draw(rows, generator), rounds, WARMUP)
     wanted = ("way", "megabits", "seconds")

@@ -23,18 +23,20 @@ class Way:
         passes: "both" factors at every step, or one of them in turn ("alternate").
         late: whether the first steps, `LATE` of them, are averaged exactly.
         halved: whether factors travel in bfloat16: twice the rank at the same bytes.
+        theirs: whether it is torch's hook, not distopt's reducer.
 
     Example:
         >>> Way().label, Way(4).label, Way(4, late=True).label, Way(4, passes="alternate").label
         ('AllReduce', 'rank 4', 'rank 4, late', 'rank 4, alternate')
-        >>> Way(8, halved=True).label
-        'rank 8, bf16 wire'
+        >>> Way(8, halved=True).label, Way(4, theirs=True).label
+        ('rank 8, bf16 wire', "rank 4, torch's hook")
     """
 
     rank: int = 0
     passes: Literal["both", "alternate"] = "both"
     late: bool = False
     halved: bool = False
+    theirs: bool = False
 
     @property
     def label(self) -> str:
@@ -42,6 +44,7 @@ class Way:
         if self.rank == 0:
             return EXACT
         more = ["late"] * self.late + ["alternate"] * (self.passes == "alternate") + ["bf16 wire"] * self.halved
+        more += ["torch's hook"] * self.theirs
         return ", ".join([f"rank {self.rank}", *more])
 
     def exact_steps(self, steps: int) -> int:
@@ -54,7 +57,7 @@ class Way:
         return steps if self.rank == 0 else round(LATE * steps) if self.late else 0
 
     def reducer(self, steps: int, kept: StorageDtype | None) -> distopt.AllReduce | distopt.PowerSGD:
-        """Make its reducer.
+        """Make its reducer, if it is distopt's.
 
         Args:
             steps: of the whole run.
@@ -73,7 +76,11 @@ class Way:
 
 
 def ways_of(
-    ranks: Iterable[int], late: Iterable[int] = (), alternate: Iterable[int] = (), halved: Iterable[int] = ()
+    ranks: Iterable[int],
+    late: Iterable[int] = (),
+    alternate: Iterable[int] = (),
+    halved: Iterable[int] = (),
+    theirs: Iterable[int] = (),
 ) -> list[Way]:
     """All that are chosen, the exact one first.
 
@@ -83,7 +90,8 @@ def ways_of(
     """
     found = [Way(), *(Way(rank) for rank in ranks), *(Way(rank, late=True) for rank in late)]
     found += [Way(rank, passes="alternate") for rank in alternate]
-    return found + [Way(rank, halved=True) for rank in halved]
+    found += [Way(rank, halved=True) for rank in halved]
+    return found + [Way(rank, theirs=True) for rank in theirs]
 
 
 def parse(label: str) -> Way:
@@ -96,4 +104,5 @@ def parse(label: str) -> Way:
     if label == EXACT:
         return Way()
     rank, *more = label.removeprefix("rank ").split(", ")
-    return Way(int(rank), "alternate" if "alternate" in more else "both", "late" in more, "bf16 wire" in more)
+    passes = "alternate" if "alternate" in more else "both"
+    return Way(int(rank), passes, "late" in more, "bf16 wire" in more, "torch's hook" in more)

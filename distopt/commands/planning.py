@@ -38,7 +38,7 @@ def add_to(commands: Any) -> None:
         help="of forward and backward of one rank: 120ms; 0 by default",
     )
     add("--ranks", type=int, nargs="+", metavar="R", help="of the factors that are compared; powers of two by default")
-    add("--passes", choices=("both", "alternate"), help="as PowerSGD has it; both ways are compared by default")
+    add("--passes", choices=("both", "alternate"), default="both", help="as PowerSGD has it (default: both)")
     add("--wire", choices=("float16", "bfloat16"), help="what factors travel in; float32 by default")
     add("--ranks-a-node", type=int, default=1, metavar="N", help="ranks that share a node's link (default: 1)")
     add("--sharded", action="store_true", help="the ranks of a node hold one model together")

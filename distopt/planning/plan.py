@@ -48,7 +48,7 @@ def plan(
     cpu_seconds_per_byte: float = 0.0,
     compute_seconds: float | str | None = None,
     ranks: int | Sequence[int] = RANKS,
-    passes: Literal["both", "alternate"] | None = None,
+    passes: Literal["both", "alternate"] | None = "both",
     like: PowerSGD | None = None,
     ranks_a_node: int = 1,
     sharded: bool = False,
@@ -80,7 +80,8 @@ def plan(
         compute_seconds: of forward and backward of one rank alone. ``None`` counts as 0: communication is compared
             alone, as if none of it were hidden behind backward.
         ranks: that a matrix may be given, or the one rank to compare.
-        passes: as for `PowerSGD`; ``None`` compares both.
+        passes: as for `PowerSGD`; ``None`` compares both ways. At the same bytes, alternate passes have trained worse than
+            both passes of half the rank (docs/benchmarks.md, quality).
         like: has all other settings of `PowerSGD`; its ``rank`` and ``passes`` are of no matter.
         ranks_a_node: consecutive ranks that share a node's link.
         sharded: whether they hold one model together, as `shard` makes them.

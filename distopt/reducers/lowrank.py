@@ -91,11 +91,7 @@ class LowRankPlan(Plan):
         layout, runs = self.layout(state, together), self._runs if together else ()
         inputs = self._operands(gradients, state, together)
         batches = [run.take(bucket, state) for run in runs]
-        first = self.matrices[0].dtype
-        extra = [segment if segment.dtype == first else segment.to(first) for segment in segments]
-        if present:
-            extra.append(torch.tensor(present, dtype=first, device=bucket.gradients[0].device))
-        outcome = yield from self.factorise(layout, [*batches, *inputs], extra, state)
+        outcome = yield from self.factorise(layout, [*batches, *inputs], self._extra(segments, present), state)
         if outcome is None or overflows(outcome, [unit.matrix for unit in (*batches, *inputs)], self._smallest_range):
             return None
         whole, used = outcome.whole, dict[str, float]()
@@ -121,6 +117,12 @@ class LowRankPlan(Plan):
         # A step may leave optional parameters without a gradient: what their factors say is not delivered then.
         delivered = {} if present else norms_of(outcome, layout, self.matrices)
         return Proposal(commit, self._bytes(state), delivered)
+
+    def _extra(self, segments: Sequence[Tensor], present: Sequence[float]) -> list[Tensor]:
+        """What is averaged exactly: gradients sent whole, and which of the others there are at all."""
+        dtype, device = self.matrices[0].dtype, self.matrices[0].slot.parameter.device
+        flags = [torch.tensor(present, dtype=dtype, device=device)] if present else []
+        return [*(segment if segment.dtype == dtype else segment.to(dtype) for segment in segments), *flags]
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
         """See `Plan.residual_shapes`."""
