@@ -142,21 +142,23 @@ def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _compression(records: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [
-            r["model"],
-            r["dtype"],
-            r["rank"],
-            r["way"],
-            f"{r['ms']:.2f} ({r['ms_low']:.2f} to {r['ms_high']:.2f})",
-            _ratio(r),
-            f"{r['gigabytes_per_second']:.1f}",
-            f"{r['of_copy']:.2f}",
-        ]
-        for r in records
-    ]
-    head = ["model", "dtype", "rank", "way", "ms (quartiles)", "of torch's hook (quartiles)", "GB/s", "of a copy"]
+    """A row a way, three columns a rank."""
+    ranks = sorted({r["rank"] for r in records})
+    found = {(r["model"], r["dtype"], r["way"], r["rank"]): r for r in records}
+    rows: list[list[str]] = []
+    for key in dict.fromkeys(key[:3] for key in found):
+        cells = (_cells(found.get((*key, rank))) for rank in ranks)
+        rows.append([*key, *(cell for of_rank in cells for cell in of_rank)])
+    head = ["model", "dtype", "way"]
+    for rank in ranks:
+        head += [f"rank {rank}: ms", "of torch's hook (quartiles)", "of a copy"]
     return markdown(head, rows)
+
+
+def _cells(record: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if record is None:
+        return "", "", ""
+    return f"{record['ms']:.1f}", _ratio(record), f"{record['of_copy']:.2f}"
 
 
 def _overhead(records: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.lab.targets import link_name
 from bench.planning.probing import RANKS_A_HOST
 from bench.stamp import markdown
 from distopt.planning.candidates import low_rank, plain
@@ -58,24 +59,23 @@ def validated(lab: Sequence[Record], probes: Sequence[Record]) -> list[dict[str,
 
 
 def validation_table(records: Sequence[Record]) -> str:
-    """Predicted beside measured, and how many pass."""
+    """Predicted beside measured, a column a network, and how many pass."""
+    limits = sorted({r["megabits"] for r in records}, key=lambda megabits: megabits or 10**9, reverse=True)
+    found = {(r["workload"], r["layout"], r["way"], r["megabits"]): r for r in records}
     rows = [
-        [
-            r["workload"],
-            r["layout"],
-            "no limit" if r["megabits"] is None else f"{r['megabits']} Mbit/s",
-            r["way"],
-            f"{r['measured']:.3f}",
-            f"{r['range'][0]:.3f} to {r['range'][1]:.3f}",
-            f"{r['predicted']:.3f}",
-            f"{r['error']:+.0%}",
-            "yes" if r["passes"] else "no",
-        ]
-        for r in records
+        [*key, *(_compared(found.get((*key, megabits))) for megabits in limits)]
+        for key in dict.fromkeys(key[:3] for key in found)
     ]
     passed = sum(r["passes"] for r in records)
-    head = ["model", "layout", "network", "way", "measured, s", "range", "predicted, s", "error", "passes"]
+    head = ["model", "layout", "way", *(f"{link_name(megabits)}: predicted of measured, ms" for megabits in limits)]
     return markdown(head, rows) + f"\n\n{passed} of {len(records)} pass."
+
+
+def _compared(record: Record | None) -> str:
+    if record is None:
+        return ""
+    verdict = "" if record["passes"] else ", **fails**"
+    return f"{1e3 * record['predicted']:.0f} of {1e3 * record['measured']:.0f} ({record['error']:+.0%}{verdict})"
 
 
 def _computing(lab: Sequence[Record], record: Record) -> float | None:
