@@ -80,8 +80,7 @@ def plan(
         compute_seconds: of forward and backward of one rank alone. ``None`` counts as 0: communication is compared
             alone, as if none of it were hidden behind backward.
         ranks: that a matrix may be given, or the one rank to compare.
-        passes: as for `PowerSGD`; ``None`` compares both ways. At the same bytes, alternate passes have trained worse
-            than both passes of half the rank (docs/benchmarks.md, quality).
+        passes: as for `PowerSGD`; ``None`` compares both ways, of which alternate passes train worse at the same bytes.
         like: has all other settings of `PowerSGD`; its ``rank`` and ``passes`` are of no matter.
         ranks_a_node: consecutive ranks that share a node's link.
         sharded: whether they hold one model together, as `shard` makes them.
