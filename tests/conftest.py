@@ -11,6 +11,11 @@ hypothesis.settings.register_profile("full", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("DISTOPT_TESTS", "quick"))
 
 
+if not torch.cuda.is_available():
+    # Read when Triton is imported, which any test may cause: its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """One thread computes fastest where ranks share cores."""

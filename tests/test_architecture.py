@@ -13,7 +13,7 @@ import pytest
 import distopt
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["errors", "numerics", "comm", "reducers", "attach"]
+ORDER = ["errors", "kernels", "numerics", "comm", "reducers", "attach"]
 APART = {"accumulation", "checkpoint", "monitor", "optim", "scaling", "sharding", "pipelining", "planning"}
 """Rooms that stand on those in order, and never import one another."""
 ONE_WAY = {("pipelining", "sharding")}

@@ -22,6 +22,7 @@ from distopt.attach.cutting import Bucketful, Part, cut
 from distopt.attach.engine import Engine
 from distopt.attach.exemptions import plain_name
 from distopt.attach.gradients import gradients_of
+from distopt.attach.streams import Lanes
 from distopt.attach.transaction import spoil
 from distopt.comm.worker import Worker
 from distopt.errors import RegistrationError
@@ -68,6 +69,7 @@ class DDPAttachment:
         model.register_forward_pre_hook(self._count_forward)
         self._watch_forward()
         self._worker = Worker("distopt-ddp")
+        self._lanes = Lanes()
         self._step: _Step | None = None
         self._error: Exception | None = None
         self._layout: Sequence[Sequence[str]] = []
@@ -106,7 +108,8 @@ class DDPAttachment:
         on_device = buffer.device.type != "cpu"
         future: Future[Tensor] = Future(devices=[buffer.device]) if on_device else Future()
         bucketful = self._bucketful(bucket, buffer)
-        ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
+        lane = self._lanes.of(buffer.device)
+        ready = lane.mark()
         first, last = bucket.index() == 0, bucket.is_last()
         # Outside of a backward pass it is ``Join`` that calls, for a rank that has run out of inputs.
         in_backward = torch._C._current_graph_task_id() >= 0  # pyright: ignore
@@ -118,8 +121,8 @@ class DDPAttachment:
             torch.autograd.Variable._execution_engine.queue_callback(self._raise)  # pyright: ignore
 
         def job() -> None:
-            if ready is not None:
-                torch.cuda.current_stream(buffer.device).wait_event(ready)
+            lane.enter()
+            lane.follow(ready, (buffer,))
             step = self._begin(bucketful.names, forwards) if first or self._step is None else self._step
             step.waiting.append((future, buffer))
             self._guarded(step, lambda: self._deliver(step, bucketful))
@@ -178,6 +181,7 @@ class DDPAttachment:
         """Raise what went wrong in this backward pass: DDP, which asks next, would make a RuntimeError of it."""
         self.settle()
         if self._error is not None:
+            self._lanes.join()  # nobody waits for the futures: kernels of ours may still use the buckets
             raise self._error
 
     def _begin(self, names: tuple[str, ...], forwards: int) -> _Step:

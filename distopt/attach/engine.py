@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from distopt.attach.shards import Shards
+from distopt.attach.streams import keep
 from distopt.attach.transaction import Transaction
 from distopt.attach.units import changes, is_scaled, scale_of
 from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
@@ -88,6 +89,8 @@ class Engine:
         self.slots = {slot.name: slot for slot in slots}
         self.reducer = reducer
         self.state = State()
+        self.adopted: State | None = None
+        """The state whose tensors the thread that takes the steps is known to use; ``None`` after others came."""
         self.tally = Tally()
         self.shards = shards
         self.paused = False
@@ -221,6 +224,9 @@ class Engine:
         if self._transaction is not None:  # of a pass that raised half way
             self._transaction.call_off()
         self.communicator.step = self.tally.steps
+        if self.adopted is not self.state:
+            self.adopted = self.state
+            keep(map(_bits, [*self.state.residuals.values(), *self.state.factors.values()]))
         loss_scale = self.follow_scales()
         if self._watch.agreement or joining:
             step = Step(self.tally.steps, names, forwards, loss_scale)

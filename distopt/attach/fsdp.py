@@ -21,6 +21,7 @@ from distopt.attach.engine import Engine
 from distopt.attach.gradients import segment_of
 from distopt.attach.iteration import reset_iteration
 from distopt.attach.shards import Shards, piece_of
+from distopt.attach.streams import Lanes, keep
 from distopt.attach.transaction import spoil
 from distopt.attach.units import declare, scale_of
 from distopt.comm.worker import Worker
@@ -68,6 +69,7 @@ class FSDPAttachment:
         self._shards = shards
         self._parameters = dict(parameters)
         self._worker = Worker("distopt-fsdp")
+        self._lanes = Lanes()
         self._forwards = 0
         self._syncing = True
         self._model = model
@@ -196,12 +198,12 @@ class FSDPAttachment:
         step = self._step
         assert step is not None
         step.arrived.update(gradients)
-        device = next(iter(gradients.values())).device
-        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        lane = self._lanes.of(next(iter(gradients.values())).device)
+        ready = lane.mark()
 
         def job() -> None:
-            if ready is not None:
-                torch.cuda.current_stream(device).wait_event(ready)
+            lane.enter()
+            lane.follow(ready, gradients.values())
             _guarded(step, lambda: self._propose(step, gradients))
 
         self._worker.submit(job)
@@ -229,6 +231,7 @@ class FSDPAttachment:
         self._step, self._partial = None, set()
         self._worker.submit(lambda: _guarded(step, lambda: self._settle_on(step), always=True))
         self._worker.drain()
+        self._lanes.join()
         if step.error is not None:
             raise step.error
 
@@ -241,13 +244,12 @@ class FSDPAttachment:
             return
         device = next(iter(step.arrived.values())).device
         if self._engine.finish(self._shards.agree(step.sound, step.error, device)):
+            keep(step.earlier.values())
             for name, earlier in step.earlier.items():
                 step.arrived[name].add_(earlier)
                 self._engine.norms.pop(name, None)  # it is not that of the sum
         else:
             spoil(iter(step.arrived.values()))
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
 
 
 class ScaleOf:

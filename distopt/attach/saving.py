@@ -61,6 +61,7 @@ def average_residuals(engine: Engine) -> dict[str, Tensor]:
     residuals = engine.state.residuals
     for name in means.keys() & residuals.keys():
         residuals[name] = _kept_like(residuals[name], means[name])
+    engine.adopted = None
     means = {name: mean / engine.unit(name) for name, mean in means.items()}
     return means if engine.shards is None else _whole(engine, engine.shards, means)
 
@@ -96,6 +97,7 @@ def restore_own(engine: Engine, state: Mapping[str, Mapping[str, Any]]) -> None:
         kept = kept._replace(codes=moved) if isinstance(kept, Packed) else moved
         fresh[name] = kept if ratio == 1 else times(kept, ratio)
     residuals.update(fresh)
+    engine.adopted = None
 
 
 def _whole(engine: Engine, shards: Shards, means: Mapping[str, Tensor]) -> dict[str, Tensor]:

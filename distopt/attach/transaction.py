@@ -17,7 +17,7 @@ from torch.profiler import record_function
 from distopt.comm.communicator import Communicator, Pending
 from distopt.comm.requests import Request, Within
 from distopt.errors import PeerLostError
-from distopt.numerics.finite import all_finite
+from distopt.numerics.finite import all_finite, largest
 from distopt.reducers.reducer import Proposal, Reduction
 
 
@@ -40,6 +40,9 @@ class Transaction:
     With each bucket that comes, its first request is begun, and then each earlier bucket goes on by one answer, in the
     order in which these were asked for. Two rounds a bucket make P0, P1 Q0, P2 Q1, ..., Q of the last one.
 
+    An accelerator is asked once whether all was finite, when everything is enqueued: a step goes on until then,
+    whatever its numbers.
+
     Args:
         communicator: the ranks to average over.
     """
@@ -48,6 +51,10 @@ class Transaction:
         self._communicator = communicator
         self._flights: collections.deque[_Flight] = collections.deque()
         self._proposals: list[Proposal | None] = []
+        self._unread: list[Tensor] = []
+        """On an accelerator: numbers that are finite if the step is sound."""
+        self._flags: list[Tensor] = []
+        """Likewise, what the proposals say of themselves."""
         self.sound = True
         """Whether everything averaged so far was finite. The same on all ranks."""
 
@@ -67,6 +74,8 @@ class Transaction:
         with self._calling_off():
             while self._flights:
                 self._land()
+            if self._unread or self._flags:
+                self._ask()
         return self.sound
 
     def commit(self) -> tuple[int, int]:
@@ -108,11 +117,30 @@ class Transaction:
         self._take(flight.number, flight.reduction, flight.request, _waited(flight.pending))
 
     def _take(self, number: int, reduction: Reduction, request: Request, answer: Tensor) -> None:
-        if isinstance(request, Tensor) and not all_finite(answer):
+        if isinstance(request, Tensor) and not self._is_finite(answer):
             reduction.close()
             self.sound = False
         else:
             self._advance(number, reduction, answer)
+
+    def _is_finite(self, answer: Tensor) -> bool:
+        """Whether to go on: an accelerator's numbers are left for later."""
+        if answer.device.type == "cpu":
+            return all_finite(answer)
+        self._unread.append(largest(answer))
+        return True
+
+    def _ask(self) -> None:
+        """Wait for the accelerator, and hear whether the step is sound."""
+        alike: dict[torch.dtype, list[Tensor]] = {}
+        for each in (*self._unread, *self._flags):
+            alike.setdefault(each.dtype, []).append(each)
+        self._unread, self._flags = [], []
+        place = next(iter(alike.values()))[0].device
+        stacks = [torch.stack([each.to(place) for each in kind]) for kind in alike.values()]
+        sound = torch.cat([stack if stack.dtype == torch.bool else stack.isfinite() for stack in stacks]).all()
+        with _labelled("distopt::ask"):
+            self.sound = bool(sound) and self.sound
 
     def _advance(self, number: int, reduction: Reduction, answer: Tensor | None) -> None:
         """Let a reduction go on up to its next request, and begin that."""
@@ -122,6 +150,8 @@ class Transaction:
             self._proposals[number] = returned.value
             if returned.value is None:
                 self.sound = False
+            elif returned.value.sound is not None:
+                self._flags.append(returned.value.sound)
             return
         pending = self._communicator.start(request)
         if isinstance(request, Within):

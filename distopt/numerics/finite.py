@@ -1,6 +1,7 @@
 """Is everything in a tensor a finite number?"""
 
 import cmath
+import math
 
 import torch
 from torch import Tensor
@@ -26,3 +27,23 @@ def all_finite(tensor: Tensor) -> bool:
     if cmath.isfinite(tensor.sum(dtype=wide).item()):
         return True
     return bool(torch.isfinite(tensor).all())
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """The largest absolute value of a tensor: finite exactly if all of them are.
+
+    Unlike `all_finite` it asks nothing of an accelerator: many of them can be looked at in the end, at once.
+
+    Args:
+        tensor: any shape, floating point or complex.
+
+    Returns:
+        0-dimensional, real, of the same precision and on the same device; 0 for an empty tensor.
+
+    Example:
+        >>> largest(torch.tensor([1.0, -2.0])).item(), largest(torch.tensor([1.0, float("nan")])).item()
+        (2.0, nan)
+    """
+    if tensor.numel() == 0:
+        return torch.zeros((), device=tensor.device)
+    return torch.linalg.vector_norm(tensor, math.inf)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distopt.kernels.choice import chosen
+
 IDENTITY = 1e-6
 """The multiple of the identity that is added before orthogonalising, in units of the largest column norm
 (Ramesh et al. 2021, arXiv:2102.12092, appendix E.2, there an absolute 1e-6)."""
@@ -19,8 +21,14 @@ DEAD_NORM = 1e-4
 PADDED = 1 << 16
 """Numbers up to which stacks of several heights are filled up with zeros to one, as each call costs more than they."""
 
+SHORT = (torch.bfloat16, torch.float16)
+"""What is worked on in float32, and rounded."""
+
 FEW = 8
 """Columns up to which inner products of float32 are taken in float64."""
+
+_LEAST = 1e-100
+"""What a column of zeros gets in the place of its length: far below the length of any other column, in float64."""
 
 DEAD_SINE = 1e-2
 """A column whose angle to the columns before it has a smaller sine adds no direction of its own."""
@@ -51,11 +59,11 @@ def orthogonalize(matrix: Tensor, identity: float = IDENTITY) -> Tensor:
     input, a zero matrix included.
 
     Args:
-        matrix: ``(..., n, r)`` with n >= r, float32 or float64. It is not changed.
+        matrix: ``(..., n, r)`` with n >= r, float32 or float64; 16 bits are worked on in float32. It is not changed.
         identity: multiple of the identity, relative to the largest column norm.
 
     Returns:
-        ``(..., n, r)`` with orthonormal columns, spanning what ``matrix + e * I`` spans.
+        ``(..., n, r)`` with orthonormal columns, spanning what ``matrix + e * I`` spans, in the dtype that came in.
 
     Example:
         >>> q = orthogonalize(torch.randn(5, 3))
@@ -64,6 +72,12 @@ def orthogonalize(matrix: Tensor, identity: float = IDENTITY) -> Tensor:
 
     Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix E.2, step 5.
     """
+    if _has_kernel(matrix):
+        turned = matrix.mT
+        stack = turned.reshape(-1, *turned.shape[-2:])
+        return _by_kernel([stack], identity)[0].view(turned.shape).mT
+    if matrix.dtype in SHORT:
+        return orthogonalize(matrix.float(), identity).to(matrix.dtype)
     if matrix.shape[-1] == 1:
         return _unit_column(matrix, identity)
     scaled = unit_size(matrix)
@@ -73,11 +87,22 @@ def orthogonalize(matrix: Tensor, identity: float = IDENTITY) -> Tensor:
     return torch.linalg.householder_product(reflectors, tau)
 
 
+def _has_kernel(matrix: Tensor) -> bool:
+    return matrix.dtype != torch.float64 and chosen(matrix.device)
+
+
+def _by_kernel(stacks: Sequence[Tensor], identity: float) -> list[Tensor]:
+    """Stacks of transposed matrices, by the Triton edition."""
+    from distopt.kernels.householder import orthonormal_rows
+
+    return orthonormal_rows(stacks, identity)
+
+
 def _unit_column(matrix: Tensor, identity: float) -> Tensor:
     """All that a reflection does to a single column, but for its sign."""
     column = unit_size(matrix) if matrix.dtype == torch.float64 else matrix.double()
     length = torch.linalg.vector_norm(column, dim=-2)
-    column[..., 0, :].add_(torch.where(length > 0, identity * length, 1))
+    column[..., 0, :].add_(length.mul_(identity).clamp_min_(_LEAST))
     return column.div_(torch.linalg.vector_norm(column, dim=-2, keepdim=True)).to(matrix.dtype)
 
 
@@ -87,15 +112,18 @@ def orthonormal_rows(stacks: Sequence[Tensor]) -> list[Tensor]:
     Matrices of fewer rows are filled up with rows of zeros there, which reflections leave alone.
 
     Args:
-        stacks: ``(k, r, n)`` each, with r <= n, float32 or float64. They are not changed.
+        stacks: ``(k, r, n)`` each, with r <= n, float32 or float64; 16 bits are worked on in float32. They are not
+            changed.
 
     Returns:
-        Stacks of the same shapes, with orthonormal rows.
+        Stacks of the same shapes and dtypes, with orthonormal rows.
 
     Example:
         >>> [tuple(q.shape) for q in orthonormal_rows([torch.ones(2, 1, 3), torch.ones(1, 1, 5)])]
         [(2, 1, 3), (1, 1, 5)]
     """
+    if all(_has_kernel(stack) for stack in stacks):
+        return _by_kernel(stacks, IDENTITY)
     count, longest = sum(len(stack) for stack in stacks), max(stack.shape[2] for stack in stacks)
     rank = stacks[0].shape[1]
     alike = all(stack.shape[1] == rank for stack in stacks)
@@ -142,6 +170,8 @@ def normalize_stacks(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         >>> [alive.tolist() for _, alive in normalize_stacks([torch.ones(1, 2, 1), torch.ones(1, 3, 2)])]
         [[[True]], [[True, False]]]
     """
+    if len(stacks) == 1 and stacks[0].shape[-1] == 1:
+        return [_normalized(stacks[0])]
     # Squares of float32 neither overflow nor vanish in float64; where there are many columns, that is the dearer way.
     fits = [stack.dtype == torch.float32 and stack.shape[-1] <= FEW for stack in stacks]
     scaled = [stack if fit else unit_size(stack) for stack, fit in zip(stacks, fits, strict=True)]
@@ -160,6 +190,14 @@ def normalize_stacks(stacks: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
             shape = (*stacks[i].shape[:-2], rank)
             results[i] = scaled[i] * scale.view(*shape[:-1], 1, rank), lives.view(shape)
     return [results[i] for i in range(len(stacks))]
+
+
+def _normalized(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`normalize_stacks` of a stack of single columns."""
+    scaled = unit_size(columns) if columns.dtype == torch.float64 else columns
+    norms = torch.linalg.vector_norm(scaled, dim=-2, keepdim=True, dtype=torch.float64)
+    alive = norms > torch.finfo(columns.dtype).tiny
+    return scaled * torch.where(alive, norms.reciprocal_(), 0).to(columns.dtype), alive[..., 0, :]
 
 
 def _inverse_lengths(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from distopt.attach.exemptions import is_exempt_by_name
 from distopt.errors import DistoptError, SettingError
+from distopt.optim.fused import Launches, Work, fits
 from distopt.optim.saving import TORCH_SETTINGS, Shielded, decoded, shield, taken_over
 from distopt.optim.settings import check_settings
 from distopt.optim.state import is_reduced, moment_bytes, new_state, piece_of, stored
@@ -21,7 +22,7 @@ Moments: TypeAlias = Literal["float32", "bfloat16", "packed16"]
 class AdamW(Optimizer):
     """``torch.optim.AdamW`` whose moments take 4 bytes a parameter instead of 8.
 
-    ``"packed16"`` keeps the mean in 1-6-9 and the variance in 0-6-10, with a power of two for every 65536 numbers;
+    ``"packed16"`` keeps the mean in 1-6-9 and the variance in 0-6-10, with a power of two for every 4096 numbers;
     ``"bfloat16"`` keeps both in bfloat16. Both are rounded stochastically, by draws that follow from ``seed``, the
     parameter's number and its step. ``"float32"`` is ``torch.optim.AdamW(foreach=True)`` bit for bit: the moments have
     the parameter's own precision, at least float32.
@@ -74,6 +75,7 @@ class AdamW(Optimizer):
         seed: int = 0,
     ) -> None:
         self._seed = seed
+        self._launches = Launches()
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own = {"moments": moments, "max_variance": max_variance}
         check_settings({**settings, **own})
@@ -182,6 +184,7 @@ class AdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._launches = Launches()
         for _, group in self._numbered_groups():
             for index, parameter in enumerate(group["params"]):
                 kept = self.state.get(parameter, {})
@@ -212,6 +215,7 @@ class AdamW(Optimizer):
     def _step_group(self, first: int, group: dict[str, Any], scale: Tensor | None) -> None:
         hyper = Hyper.of(group)
         lists: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor, dict[str, Any]]]] = {}
+        works: list[Work] = []
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
@@ -220,12 +224,16 @@ class AdamW(Optimizer):
                 state.update(new_state(parameter, self._kind(group, index)))
             state["step"] += 1
             gradient = _unscaled(parameter.grad, scale)
-            if is_reduced(state):
+            pieces = piece_of(parameter), piece_of(gradient)
+            if group["moments"] != "float32" and fits(*pieces):
+                works.append(Work(*pieces, state, first + index))
+            elif is_reduced(state):
                 key = (self._seed, first + index)
-                pieces = piece_of(parameter), piece_of(gradient)
                 update_blocks(hyper, *pieces, stored(state), state["step"].item(), key)
             else:
                 lists.setdefault((parameter.device, parameter.dtype), []).append((parameter, gradient, state))
+        if works:
+            self._launches.step(first, hyper, works, self._seed)
         for members in lists.values():
             parameters, gradients, states = (list(each) for each in zip(*members, strict=True))
             means, variances = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))

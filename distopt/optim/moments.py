@@ -1,6 +1,6 @@
 """Adam's moments in 16 bits: how they are laid out, stored and read, without a word from the device to the host.
 
-A moment is cut into blocks of 65536 numbers in the order of the parameter's memory. In the packed formats each block
+A moment is cut into blocks of 4096 numbers in the order of the parameter's memory. In the packed formats each block
 has a power of two as scale, which follows on the device from the block's largest number. So nothing saturates, whatever
 the gradient's unit, and small numbers keep the format's whole range beneath the largest.
 """

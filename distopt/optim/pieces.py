@@ -10,12 +10,15 @@ from torch import Tensor
 
 from distopt.numerics.gaussian import seeded_generator
 
-BLOCK = 1 << 16
-"""Numbers that share a scale, and that the CPU works on at a time, so that the temporaries stay in its cache."""
+BLOCK = 1 << 12
+"""Numbers that share a scale: as many as a GPU's multiprocessor holds in its registers, moments, parameter and all."""
+
+_AT_A_TIME = 16
+"""Blocks that a thread of the CPU works on at a time, so that the temporaries stay in its cache."""
 
 _CYCLE = 1 << 16
 _SHIFT = 97
-_MOST_BLOCKS = 256
+_MOST_BLOCKS = 1024
 
 
 class Piece(NamedTuple):
@@ -36,14 +39,14 @@ class Piece(NamedTuple):
 
 
 def pieces(count: int, device: torch.device) -> Iterator[Piece]:
-    """Cut a flat tensor into what is worked on at a time: a block for each thread of the CPU, many elsewhere.
+    """Cut a flat tensor into what is worked on at a time: some blocks for each thread of the CPU, many elsewhere.
 
     Example:
         >>> [piece.end for piece in pieces(BLOCK + 5, torch.device("cpu"))][-1] == BLOCK + 5
         True
     """
     full = count // BLOCK
-    most = min(torch.get_num_threads(), _MOST_BLOCKS) if device.type == "cpu" else _MOST_BLOCKS
+    most = min(torch.get_num_threads() * _AT_A_TIME, _MOST_BLOCKS) if device.type == "cpu" else _MOST_BLOCKS
     for first in range(0, full, most):
         blocks = min(most, full - first)
         yield Piece(first * BLOCK, (first + blocks) * BLOCK, first, blocks)
@@ -80,7 +83,7 @@ def _pool(bits: int, device: torch.device) -> Tensor:
 
 
 class Noise:
-    """Uniform draws for the rounding of one tensor in one step, the same on every kind of device.
+    """Uniform draws for the rounding of one tensor in one step, the same on every device, Triton's edition apart.
 
     They are read from a fixed shuffled cycle of 2**16 numbers, each of which occurs once, from a place that the key
     decides; each block begins 97 places after the one before. Over the keys, the draw for one element is exactly

@@ -110,7 +110,7 @@ def update_blocks(
         first.store(mean)
         second.store(variance)
     if flat.data_ptr() != parameter.data_ptr():  # memory with gaps was copied
-        parameter.copy_(flat.view(parameter.shape))
+        parameter.copy_(flat.as_strided(layout.shape, layout.stride()))
 
 
 def _apply(hyper: Hyper, parameter: Tensor, mean: Tensor, variance: Tensor, step: float) -> None:

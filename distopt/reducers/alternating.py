@@ -13,6 +13,7 @@ from torch import Tensor
 from distopt.comm.requests import Request
 from distopt.numerics.orthogonal import orthonormal_rows
 from distopt.reducers.factors import Factorised, Factors
+from distopt.reducers.fused import Pending, Work, joined
 from distopt.reducers.lowrank import LowRankPlan, Units
 from distopt.reducers.matrix import Layout, Matrix
 from distopt.reducers.reducer import State
@@ -34,20 +35,39 @@ class AlternatingPlan(LowRankPlan):
         kept = [self._kept(matrix, state) for matrix in self.matrices]
         held = self._held(layout, kept, other, state)
         bases = layout.by_unit(orthonormal_rows(held), other)
-        payload = self.payload(inputs, layout.numel(side))
-        for unit, basis, factor in zip(inputs, bases, layout.views(payload, side), strict=True):
+        room = self.room(layout, side, extra)
+        for unit, basis, factor in zip(inputs, bases, room.own_views, strict=True):
             (unit.times_right if even else unit.times_left)(basis, factor)
-        shared = yield from self.share(extra, payload, state, 0)
+        shared = yield from self.share(extra, room, side, state)
         if shared is None:
             return None
-        whole, sent = shared
-        averages, own = (layout.views(numbers, side) for numbers in sent)
-        following = self._following(layout, side, sent.average, kept, held, state)
+        following = self._following(layout, side, shared.stacks, kept, held, state)
         factors = [
             Factors(average, basis, mine, basis) if even else Factors(basis, average, basis, mine)
-            for basis, average, mine in zip(bases, averages, own, strict=True)
+            for basis, average, mine in zip(bases, shared.averages, shared.own, strict=True)
         ]
-        return Factorised(whole, factors, side, sent.average, following)
+        return Factorised(shared.whole, factors, side, shared.average, shared.stacks, following)
+
+    def factorise_together(
+        self, layout: Layout, work: Work, extra: Sequence[Tensor], state: State
+    ) -> Generator[Request, Tensor, Pending | None]:
+        """See `LowRankPlan.factorise_together`."""
+        even = state.step % 2 == 0
+        side, other = ("left", "right") if even else ("right", "left")
+        kept = [self._kept(matrix, state) for matrix in self.matrices]
+        old, held = (self._held(layout, kept, each, state) for each in (side, other))
+        basis, room = joined(orthonormal_rows(held)), self.room(layout, side, extra)
+        work.times(side, basis, room.own)
+        shared = yield from self.share(extra, room, side, state)
+        if shared is None:
+            return None
+        average, own = shared.average, shared.mine
+        factors = Factors(average, basis, own, basis) if even else Factors(basis, average, basis, own)
+        stacks = work.following(side, shared.stacks, joined(old))
+        new = [factor.mT for factor in layout.each(stacks, side)]
+        following = [torch.cat([n, q] if even else [p, n]) for n, (p, q) in zip(new, kept, strict=True)]
+        self.remember(following, {side: stacks, other: held})
+        return Pending(shared.whole, factors, side, shared.stacks, following)
 
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
         """See `LowRankPlan.sent_numbers`."""
@@ -78,7 +98,7 @@ class AlternatingPlan(LowRankPlan):
         self,
         layout: Layout,
         side: str,
-        sent: Tensor,
+        sent: Sequence[Tensor],
         kept: Sequence[tuple[Tensor, Tensor]],
         held: list[Tensor],
         state: State,
@@ -86,7 +106,7 @@ class AlternatingPlan(LowRankPlan):
         """Both factors for the next step, one above the other."""
         even = side == "left"
         old = [p if even else q for p, q in kept]
-        renewed, stacks = self.renew(layout, side, [s.mT for s in layout.stacks(sent, side)], old, state.step)
+        renewed, stacks = self.renew(layout, side, [stack.mT for stack in sent], old, state.step)
         pairs = zip(renewed, kept, strict=True)
         following = [torch.cat([new, q] if even else [p, new]) for new, (p, q) in pairs]
         other = "right" if even else "left"

@@ -5,6 +5,8 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
+
 from distopt.errors import SettingError
 from distopt.reducers.allreduce import AllReduce
 from distopt.reducers.reducer import Bucket, Place, Plan, Proposal, Reducer, Reduction, Slot, State
@@ -100,7 +102,8 @@ class SplitPlan(Plan):
 
         before, after = zip((0, 0), *(p.bytes_compressed for p in proposals), strict=True)
         norms = {name: norm for proposal in proposals for name, norm in proposal.norms.items()}
-        return Proposal(commit, (sum(before), sum(after)), norms)
+        flags = [proposal.sound for proposal in proposals if proposal.sound is not None]
+        return Proposal(commit, (sum(before), sum(after)), norms, torch.stack(flags).all() if flags else None)
 
     def residual_shapes(self) -> Mapping[str, Sequence[int]]:
         """See `Plan.residual_shapes`."""

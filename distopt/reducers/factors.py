@@ -1,6 +1,7 @@
 """What low-rank reductions hand to one another: settings, factors, and the outcome of a bucket's rounds."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Factorised(NamedTuple):
     factors: list[Factors]  # one a unit of work
     side: str  # which factors came last, "left" or "right"; the columns of the others are orthonormal
     last: Tensor  # all of these, averaged, as `Layout` lays them out
+    stacks: Sequence[Tensor]  # these as `Layout.stacks` gives them
     following: Sequence[Tensor | None]  # by matrix: what the next step starts from, a column a direction; None: nothing
 
 
@@ -56,8 +58,7 @@ def overflows(outcome: Factorised, matrices: Sequence[Matrix], least_range: floa
         least_range: the largest number of the narrowest dtype among the gradients.
     """
     columns = max(factors.left.shape[-2] for factors in outcome.factors)
-    low, high = torch.aminmax(outcome.last)
-    largest = float(torch.maximum(high, low.neg()))
+    largest = float(torch.linalg.vector_norm(outcome.last, math.inf))
     if largest * columns * 2 < least_range:
         return False
     dtypes = [matrix.slot.parameter.dtype for matrix in matrices]
@@ -73,8 +74,7 @@ def norms_of(outcome: Factorised, layout: Layout, matrices: Sequence[Matrix]) ->
         layout: of its factors.
         matrices: all that are laid out.
     """
-    stacks = layout.stacks(outcome.last, outcome.side)
-    each = [torch.linalg.vector_norm(stack, dim=(1, 2)) for stack in stacks]
+    each = [torch.linalg.vector_norm(stack, dim=(1, 2)) for stack in outcome.stacks]
     norms: dict[str, Tensor] = {}
     for matrix, norm in zip(matrices, layout.each(each, outcome.side), strict=True):
         name = matrix.slot.name

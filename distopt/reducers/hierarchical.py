@@ -206,7 +206,10 @@ def _between(reduction: Reduction) -> Generator[Request, Tensor, Proposal | None
                 return None
             request = reduction.send(answer)
     except StopIteration as returned:
-        return returned.value
+        proposal: Proposal | None = returned.value
+        # What comes next, among the ranks of a node, depends on it.
+        dropped = proposal is not None and proposal.sound is not None and not bool(proposal.sound)
+        return None if dropped else proposal
 
 
 def _owner(slot: Slot, size: int) -> int:

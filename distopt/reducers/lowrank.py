@@ -20,12 +20,14 @@ from distopt.numerics.orthogonal import normalize_columns, normalize_stacks
 from distopt.numerics.storage import pack, unpack
 from distopt.reducers.allreduce import split_into
 from distopt.reducers.batch import Batch, Run, planned_runs
-from distopt.reducers.coded import Coded, Sent, coded_average
+from distopt.reducers.coded import Coded, coded_average
 from distopt.reducers.factors import Factorised, Factors, LowRankSettings, norms_of, overflows
+from distopt.reducers.fused import Fused, Pending, Work, is_fusible, is_sound
 from distopt.reducers.matrix import Layout, Matrix
 from distopt.reducers.memory import flush, forget, working_dtype
 from distopt.reducers.operand import Operand
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Proposal, Reduction, Slot, State
+from distopt.reducers.rooms import KEPT, Room, Shared
 
 Units: TypeAlias = Sequence[Operand | Batch]
 """What is worked on at a time: a matrix, or several small ones."""
@@ -60,7 +62,10 @@ class LowRankPlan(Plan):
         self._runs = planned_runs(slots, matrices, settings.memory) if settings.energy is None else []
         batched = {index for run in self._runs for index in run.indices}
         self._alone = [i for i in range(len(self.matrices)) if i not in batched]
+        self._rooms: dict[str, Room] = {}
         self._remembered: tuple[Sequence[Tensor], dict[str, list[Tensor]]] | None = None
+        fusible = is_fusible(self._slots, self.matrices, settings)
+        self._fused = Fused(self._slots, self.matrices, settings) if fusible else None
 
     @abc.abstractmethod
     def factorise(
@@ -71,6 +76,12 @@ class LowRankPlan(Plan):
         Returns:
             What came of it; ``None`` if anything averaged was not finite.
         """
+
+    @abc.abstractmethod
+    def factorise_together(
+        self, layout: Layout, work: Work, extra: Sequence[Tensor], state: State
+    ) -> Generator[Request, Tensor, Pending | None]:
+        """As `factorise`, for all matrices at once."""
 
     @abc.abstractmethod
     def sent_numbers(self, matrix: Matrix, rank: int, step: int) -> int:
@@ -87,6 +98,10 @@ class LowRankPlan(Plan):
         flushed = flush(self._whole_slots, [bucket.gradients[i] for i in self._whole], state)
         norms = {n: _norm(g) for n, g in gradients.items()} if state.figures is not None else {}
         present = [float(g.any()) for g in gradients.values()] if self._optional else []
+        work = None if self._fused is None else self._fused.take(bucket, gradients, self.layout(state, False), state)
+        if work is not None:
+            whole = (segments, flushed)
+            return (yield from self._reduce_together(work, whole, gradients, norms, state))
         together = bool(self._runs) and all(run.lies_in(bucket) for run in self._runs)
         layout, runs = self.layout(state, together), self._runs if together else ()
         inputs = self._operands(gradients, state, together)
@@ -117,6 +132,37 @@ class LowRankPlan(Plan):
         # A step may leave optional parameters without a gradient: what their factors say is not delivered then.
         delivered = {} if present else norms_of(outcome, layout, self.matrices)
         return Proposal(commit, self._bytes(state), delivered)
+
+    def _reduce_together(
+        self,
+        work: Work,
+        whole: tuple[Sequence[Tensor], Sequence[str]],
+        gradients: Mapping[str, Tensor],
+        norms: Mapping[str, float],
+        state: State,
+    ) -> Reduction:
+        """`reduce`, where all matrices are worked on at once; ``whole`` is what is sent whole, and what to forget."""
+        layout, (segments, flushed) = self.layout(state, False), whole
+        pending = yield from self.factorise_together(layout, work, self._extra(segments, []), state)
+        if pending is None:
+            return None
+        flags = work.inspect(pending)
+
+        def commit() -> None:
+            split_into(segments, pending.whole)
+            forget(flushed, state)
+            before = work.norms(gradients) if state.figures is not None else {}
+            work.settle(pending.factors, flags, state)
+            if state.figures is not None:
+                after = work.residual_norms()
+                for slot in self._slots:
+                    name, raw = slot.name, slot.parameter.numel() * slot.parameter.element_size()
+                    sent = sum(self._sent_bytes(m, state) for m in self.matrices if m.slot is slot)
+                    state.figures[name] = Figures(norms[name], before[name], after[name], raw, sent)
+            self._keep_factors(pending.following, {}, state)
+
+        outcome = Factorised(pending.whole, [], pending.side, pending.last, pending.stacks, pending.following)
+        return Proposal(commit, self._bytes(state), norms_of(outcome, layout, self.matrices), is_sound(flags))
 
     def _extra(self, segments: Sequence[Tensor], present: Sequence[float]) -> list[Tensor]:
         """What is averaged exactly: gradients sent whole, and which of the others there are at all."""
@@ -211,7 +257,7 @@ class LowRankPlan(Plan):
         """
         units, living = zip(*normalize_stacks(stacks), strict=True)
         factors = layout.each(units, side)
-        if bool(torch.cat([alive.reshape(-1) for alive in living]).all()):
+        if bool((living[0] if len(living) == 1 else torch.cat([alive.reshape(-1) for alive in living])).all()):
             return factors, [unit.mT for unit in units]
         renewed: list[Tensor] = []
         for matrix, before, unit, alive in zip(self.matrices, old, factors, layout.each(living, side), strict=True):
@@ -223,25 +269,42 @@ class LowRankPlan(Plan):
         return renewed, None
 
     def share(
-        self, extra: Sequence[Tensor], factors: Tensor, state: State, phase: int
-    ) -> Generator[Request, Tensor, tuple[Tensor, Sent] | None]:
-        """Average ``extra`` exactly and ``factors`` in the wire's dtype, in one round."""
-        numel = sum(part.numel() for part in extra)
+        self, extra: Sequence[Tensor], room: Room, side: str, state: State
+    ) -> Generator[Request, Tensor, Shared | None]:
+        """Average ``extra`` exactly and the factors in ``room`` in the wire's dtype, in one round.
+
+        Returns:
+            What came of it, good for this step; ``None`` if anything averaged was not finite.
+        """
         if self.settings.wire_dtype is None:
-            payload = torch.cat([*extra, factors])
+            payload = room.load(extra)
             yield payload
-            return payload[:numel], Sent(payload[numel:], factors)
-        parts = [Coded(factors, FloatCodec(self.settings.wire_dtype))]
-        if numel > 0:
+            # Choosing a rank takes decompositions, which refuse NaN; an accelerator's averages are not looked at yet.
+            if self.settings.energy is not None and payload.device.type != "cpu" and not all_finite(payload):
+                return None
+            return room.shared()
+        parts = [Coded(room.own, FloatCodec(self.settings.wire_dtype))]
+        if room.extra > 0:
             parts.append(Coded(torch.cat(list(extra)), PlainCodec()))
-        sent = yield from coded_average(parts, self._place, state.step, phase)
+        sent = yield from coded_average(parts, self._place, state.step, ("left", "right").index(side))
         if not all(all_finite(s.average) for s in sent):
             return None
-        return sent[1].average if numel > 0 else factors[:0], sent[0]
+        whole, layout = sent[1].average if room.extra > 0 else room.own[:0], room.layout
+        average, own = sent[0]
+        stacks, views = layout.stacks(average, side), layout.views(average, side)
+        return Shared(whole, average, stacks, views, own, layout.views(own, side))
 
-    def payload(self, inputs: Units, numel: int) -> Tensor:
-        """Room for factors."""
-        return torch.empty(numel, dtype=self.matrices[0].dtype, device=inputs[0].device)
+    def room(self, layout: Layout, side: str, extra: Sequence[Tensor] = (), *, keeps_own: bool = True) -> Room:
+        """Memory for the factors of a side, and for what travels with them: that of the step before, if it fits."""
+        numel = sum(part.numel() for part in extra)
+        room = self._rooms.get(side)
+        if room is None or room.layout is not layout or room.extra != numel:
+            first = self.matrices[0]
+            like = torch.empty(0, dtype=first.dtype, device=first.slot.parameter.device)
+            room = Room(layout, side, numel, like, keeps_own=keeps_own)
+            if numel <= KEPT:  # what is sent whole may be most of a model
+                self._rooms[side] = room
+        return room
 
     def _rank(self, matrix: Matrix, state: State) -> int:
         energy = self.settings.energy

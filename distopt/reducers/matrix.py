@@ -116,9 +116,8 @@ class Layout:
     def stacks(self, payload: Tensor, side: str) -> list[Tensor]:
         """The payload as one ``(k, rank, rows)`` view for each group of ``k`` factors of one shape."""
         places = self._sides[side]
-        return [
-            part.view(shape) for part, shape in zip(payload.split_with_sizes(places.sizes), places.shapes, strict=True)
-        ]
+        parts = [payload] if len(places.sizes) == 1 else payload.split_with_sizes(places.sizes)
+        return [part.view(shape) for part, shape in zip(parts, places.shapes, strict=True)]
 
     def each(self, stacks: Sequence[Tensor], side: str) -> list[Tensor]:
         """What `stacks` gave, or what was made of each of them, by matrix."""
@@ -128,9 +127,15 @@ class Layout:
     def by_unit(self, stacks: Sequence[Tensor], side: str) -> list[Tensor]:
         """The same by unit: ``(k, ...)`` for several matrices, ``(...)`` for one."""
         places = self._sides[side]
-        cut = zip(stacks, places.lengths, strict=True)
-        parts = [part for stack, lengths in cut for part in stack.split_with_sizes(lengths)]
-        return [parts[i][0] if alone else parts[i] for i, alone in places.unit_places]
+        parts: list[Tensor] = []
+        for stack, lengths in zip(stacks, places.lengths, strict=True):
+            if len(lengths) == 1:
+                parts.append(stack if lengths[0] > 1 else stack[0])
+            elif max(lengths) == 1:
+                parts += stack.unbind()
+            else:
+                parts += [part if len(part) > 1 else part[0] for part in stack.split_with_sizes(lengths)]
+        return [parts[i] for i in places.unit_places]
 
     def views(self, payload: Tensor, side: str) -> list[Tensor]:
         """The payload as one ``(rank, rows)`` or ``(k, rank, rows)`` view a unit."""
@@ -154,7 +159,7 @@ class _Side:
         begun = [[index for index in group if index in first] for group in groups.values()]
         self.lengths = [[len(first[index]) for index in group] for group in begun]
         pieces = [index for group in begun for index in group]
-        self.unit_places = [(pieces.index(unit[0]), len(unit) == 1) for unit in units]
+        self.unit_places = [pieces.index(unit[0]) for unit in units]
         starts: dict[int, int] = {}
         for index in self.order:
             starts[index] = sum(math.prod(shapes[before]) for before in starts)

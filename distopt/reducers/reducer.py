@@ -125,17 +125,22 @@ class Proposal:
             none.
         bytes_compressed: bytes of the gradients that were compressed, before and after; both zero if none were.
         norms: Euclidean norms of averaged gradients, by parameter name, 0-dimensional, where they cost next to nothing.
+        sound: 0-dimensional, bool, on the gradients' device: whether the proposal may be taken, alike on all ranks.
+            ``None`` if it may. A reduction on an accelerator leaves it to whoever drives it to ask the device, once for
+            all buckets of a step and before the first ``commit``.
     """
 
     commit: Callable[[], None]
     bytes_compressed: tuple[int, int] = (0, 0)
     norms: Mapping[str, Tensor] = dataclasses.field(default_factory=dict[str, Tensor])
+    sound: Tensor | None = None
 
 
 Reduction = Generator[Request, Tensor, Proposal | None]
 """Yields a contiguous tensor to average in place and is sent the average, or yields another request and is sent its
 answer; returns the proposal, or ``None`` if the averaged gradient is not finite or cannot be represented in its dtype,
-which every rank then finds alike. A bare tensor whose average is not finite ends the reduction where it is."""
+which every rank then finds alike. A bare tensor whose average is not finite ends the reduction where it is, on a CPU;
+an accelerator is not asked, so that the reduction goes on with it, and the step is dropped in its end."""
 
 
 class Plan(abc.ABC):

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distopt.kernels.choice import chosen
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class _Enter(torch.autograd.Function):
     @staticmethod
@@ -23,8 +27,7 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
         (gradient,) = gradients
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        return (wide * inverse).nan_to_num_(0.0, 0.0, 0.0).to(gradient.dtype), None
+        return _filtered(gradient, inverse, gradient.dtype), None
 
 
 class _Leave(torch.autograd.Function):
@@ -39,7 +42,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
         (gradient,) = gradients
-        return (gradient * scale).nan_to_num_(0.0, 0.0, 0.0).to(ctx.dtype), None
+        return _filtered(gradient, scale, ctx.dtype), None
 
 
 def enter(x: Tensor, inverse: Tensor) -> Tensor:
@@ -72,6 +75,28 @@ def leave(y: Tensor, scale: Tensor) -> Tensor:
         True
     """
     return _apply(_Leave, y, scale)
+
+
+def launchable(tensor: Tensor) -> bool:
+    """Whether Triton's edition works on a tensor: one that a compiler does not look at, and no gradient is asked of.
+
+    Example:
+        >>> launchable(torch.ones(2))
+        False
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and tensor.requires_grad):
+        return False
+    return type(tensor) is Tensor and tensor.dtype in _DTYPES and chosen(tensor.device)
+
+
+def _filtered(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in float32 at least, turn NaN and infinity into 0, and round."""
+    if dtype in _DTYPES and launchable(gradient):
+        from distopt.kernels import scaling
+
+        return scaling.scaled(gradient, factor, dtype)
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return (wide * factor).nan_to_num_(0.0, 0.0, 0.0).to(dtype)
 
 
 def _apply(function: Any, tensor: Tensor, factor: Tensor) -> Tensor:

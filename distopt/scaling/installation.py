@@ -15,7 +15,7 @@ from distopt.attach.fairscale import forgets_overrides
 from distopt.attach.overriding import override_forward
 from distopt.attach.units import GradientScaling, declare, withdraw
 from distopt.errors import RegistrationError
-from distopt.scaling.boundary import enter, leave
+from distopt.scaling.boundary import enter, launchable, leave
 from distopt.scaling.branches import Branch
 
 
@@ -82,8 +82,16 @@ class Gauge:
             self.zeros.zero_()
             self.numbers = [0] * len(self.numbers)
 
-    def look(self, index: int, gradient: Tensor) -> None:
-        """Note a parameter's gradient. The host does not wait for it."""
+    def take(self, index: int, gradient: Tensor, *, narrow: bool) -> Tensor:
+        """Note a parameter's gradient, and give it unscaled, or as it is if it is narrow. The host does not wait."""
+        if launchable(gradient) and not self.counting:
+            from distopt.kernels import scaling
+
+            return scaling.noted(gradient, self.peak[index], None if narrow else self.inverse[index])
+        self._look(index, gradient)
+        return gradient if narrow else gradient * self.inverse[index]
+
+    def _look(self, index: int, gradient: Tensor) -> None:
         if gradient.numel() == 0:
             return
         largest = torch.linalg.vector_norm(
@@ -187,8 +195,7 @@ class Installation:
                     "put it on first, then make the scaler"
                 )
             place.seen = True
-            gauge.look(place.index, gradient)
-            return gradient if place.narrow else gradient * gauge.inverse[place.index]
+            return gauge.take(place.index, gradient, narrow=place.narrow)
 
         handle: RemovableHandle = parameter.register_hook(take)
         self._undo.append(handle.remove)

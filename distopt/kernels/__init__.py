@@ -1,0 +1,1 @@
+"""Triton editions of the hot paths: the same functions of tensors on a GPU, in one launch where torch needs many."""

@@ -1,0 +1,249 @@
+"""The passes of a low-rank compression over all matrices of a bucket, in a few launches each.
+
+Nothing here waits for the device. What is made once, when a bucket is seen first, are the tables; a step takes room for
+partial sums from torch's allocator, so it can be captured in a CUDA graph.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false
+# A launch takes options that are no parameters of the kernel, and plain numbers for its constants.
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distopt.kernels import columns as column_kernels
+from distopt.kernels import lowrank
+from distopt.kernels.lowrank_jobs import (
+    GATHERED,
+    Piece,
+    Products,
+    Side,
+    Table,
+    by_column,
+    grouped,
+    place_unit,
+    products,
+    tiled,
+)
+
+Form = Literal["float32", "bfloat16"]
+"""What residuals are kept in."""
+
+FLAGS = 3
+"""Whether what is averaged is finite: what is sent whole and first factors; last factors; their product."""
+
+PRECISION = "tf32x3"
+
+
+class _Group(NamedTuple):
+    """Matrices of one launch."""
+
+    tall: bool
+    unit: int
+    place: int
+    products: dict[Side, Products]
+    tile: tuple[int, int, int]  # rows, columns, columns of the factors that are taken at a time
+    warps: int
+    tiles: Table
+
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Payloads of transposed factors, float32, one dimension: left and right ones as averaged, and as this rank put them
+in."""
+
+
+class Compression:
+    """The compression of one bucket.
+
+    Args:
+        pieces: its matrices.
+        form: what residuals are kept in.
+        seeds: of the columns that are drawn anew, one a matrix.
+        device: of gradients, residuals and factors.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], form: Form, seeds: Sequence[int], device: torch.device) -> None:
+        self.form = form
+        self._device = device
+        self._groups = [_group(group, device) for group in grouped(pieces)]
+        self._columns: dict[Side, Table] = {side: by_column(pieces, side, seeds, device) for side in ("left", "right")}
+
+    def multiply(
+        self,
+        side: Side,
+        gradient: Tensor,
+        residual: Tensor | None,
+        factor: Tensor,
+        out: Tensor,
+        *,
+        writes: bool = False,
+    ) -> None:
+        """Multiply every M by its factor of the other side.
+
+        Args:
+            side: which factors are wanted: ``"left"`` gives P = M Q, ``"right"`` gives Q = Mᵀ P.
+            gradient: one dimension, float32, bfloat16 or float16.
+            residual: what is added to it, in the form of residuals; ``None`` for nothing.
+            factor: float32, the known factors as a payload.
+            out: float32, room for the wanted ones.
+            writes: whether the sums take the gradients' place, which is for float32 ones.
+        """
+        for group in self._groups:
+            product, more, keeps = group.products[side], residual, writes
+            if writes and residual is not None and product.chunks > 1:  # several programs read what one would write
+                self._add(group, gradient, residual)
+                more, keeps = None, False
+            partial = torch.empty(product.partial, dtype=torch.float32, device=self._device)
+            cut = product.cut
+            lowrank.multiply[(product.work.programs,)](
+                gradient,
+                gradient if more is None else more,
+                factor,
+                out,
+                partial,
+                product.work.lines,
+                product.work.numbers,
+                TALL_SUM=group.tall == (side == "left"),
+                ADDS=more is not None,
+                WRITES=keeps and more is not None,
+                FORM=self.form,
+                UNIT=group.unit,
+                PLACE=group.place,
+                RANK=cut.rank,
+                KEPT=cut.kept,
+                SUMMED=cut.summed,
+                PRECISION=PRECISION,
+                num_warps=4 if cut.rank <= 32 else 8,
+                num_stages=3,
+            )
+            if product.sums is not None:
+                sums = product.sums
+                lowrank.gather[(sums.programs,)](partial, out, sums.lines, sums.numbers, BLOCK=GATHERED)
+
+    def flags(self) -> Tensor:
+        """Flags that are down."""
+        return torch.zeros(FLAGS, dtype=torch.int32, device=self._device)
+
+    def inspect(self, numbers: Tensor, flags: Tensor, which: int) -> None:
+        """Raise a flag to the largest magnitude in ``numbers``, float32 of one dimension, as bits."""
+        if numbers.numel() > 0:
+            grid = (-(-numbers.numel() // 4096),)
+            column_kernels.inspect[grid](numbers, numbers.numel(), flags[which:], BLOCK=4096)
+
+    def exceed(self, gradient: Tensor, left: Tensor, right: Tensor, flags: Tensor, limit: float) -> None:
+        """Raise the last flag if a product of averaged factors is beyond the range of the gradient's dtype.
+
+        Args:
+            gradient: the bucket.
+            left: Pᵀ of all matrices.
+            right: Qᵀ.
+            flags: the second one holds the largest magnitude of those that are not orthonormal.
+            limit: below which that one means that no product can be.
+        """
+        for group in self._groups:
+            rows, columns, rank = group.tile
+            lowrank.exceed[(min(group.tiles.programs, 1024),)](
+                gradient,
+                left,
+                right,
+                flags,
+                group.tiles.lines,
+                group.tiles.numbers,
+                group.tiles.programs,
+                limit,
+                TALL=group.tall,
+                UNIT=group.unit,
+                PLACE=group.place,
+                RANK=rank,
+                ROWS=rows,
+                COLUMNS=columns,
+                PRECISION=PRECISION,
+                num_warps=group.warps,
+            )
+
+    def settle(
+        self, gradient: Tensor, residual: Tensor, factors: Factors, flags: Tensor, step: int, *, adds: bool
+    ) -> None:
+        """Give each gradient P Qᵀ, and each residual what this rank has not sent; nothing of the kind if a flag is up.
+
+        Args:
+            gradient: holds M, or what M is together with the residual if ``adds``.
+            residual: in the form of residuals.
+            factors: as averaged and as put in; one side, at least, is the same tensor in both.
+            flags: see `FLAGS`. If one is up, the gradient becomes NaN and the residual stays as it is.
+            step: for the draws, from 0.
+            adds: whether the residual is still to be added.
+        """
+        left, right, own_left, own_right = factors
+        for group in self._groups:
+            rows, columns, rank = group.tile
+            lowrank.settle[(group.tiles.programs,)](
+                gradient,
+                residual,
+                left,
+                right,
+                own_left,
+                own_right,
+                flags,
+                group.tiles.lines,
+                group.tiles.numbers,
+                step,
+                TALL=group.tall,
+                ADDS=adds,
+                SAME_LEFT=left is own_left,
+                SAME_RIGHT=right is own_right,
+                FORM=self.form,
+                UNIT=group.unit,
+                PLACE=group.place,
+                RANK=rank,
+                ROWS=rows,
+                COLUMNS=columns,
+                EARLY=columns < 128,
+                PRECISION=PRECISION,
+                num_warps=group.warps,
+            )
+
+    def revive(self, side: Side, units: Tensor, alive: Tensor, before: Tensor, step: int) -> Tensor:
+        """Factors for the next step: columns that live as they are, others drawn; those of a zero matrix as before.
+
+        Args:
+            side: which factors.
+            units: float32, a payload of transposed factors with columns of length 1.
+            alive: bool, one a column, in the payload's order.
+            before: what this step started from, laid out likewise.
+            step: for the draws, from 0.
+
+        Returns:
+            A payload like ``units``.
+        """
+        following, table = torch.empty_like(units), self._columns[side]
+        column_kernels.revive[(table.programs,)](
+            units, alive.to(torch.int8), before, following, table.lines, step, BLOCK=1024
+        )
+        return following
+
+    def _add(self, group: _Group, gradient: Tensor, residual: Tensor) -> None:
+        rows, columns, _ = group.tile
+        tiles = group.tiles
+        lowrank.add[(tiles.programs,)](
+            gradient, residual, tiles.lines, tiles.numbers, FORM=self.form, UNIT=group.unit, ROWS=rows, COLUMNS=columns
+        )
+
+
+def _group(pieces: Sequence[Piece], device: torch.device) -> _Group:
+    tile, warps = _tile(max(piece.rank for piece in pieces), pieces[0].unit)
+    tables: dict[Side, Products] = {side: products(pieces, side, device) for side in ("left", "right")}
+    table = tiled(pieces, *tile[:2], device)
+    return _Group(pieces[0].tall, pieces[0].unit, place_unit(pieces), tables, tile, warps, table)
+
+
+def _tile(rank: int, unit: int) -> tuple[tuple[int, int, int], int]:
+    """Rows and columns that a program of `settle` works on, the columns of factors at a time, and its warps.
+
+    Two products are held in registers beside M, so there is not much choice.
+    """
+    if unit == 1:
+        return (64, 32, 16), 4
+    return ((64, 64, 16), 4) if rank <= 64 else ((64, 128, 16), 8)

@@ -1,0 +1,248 @@
+"""The passes of a compression, over all matrices of a bucket: against float64, and against each other."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distopt.kernels.compression import Compression
+from distopt.kernels.lowrank_jobs import Piece
+from tests.kernels.compiling import compiled
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MIXED = [(5, 7), (70, 40), (3, 300), (16, 8), (8, 24), (40, 72)]
+"""Tall and wide, aligned and not, of one tile and of several, cut into strips and not."""
+
+
+def pieces_of(shapes, rank, gap=0):
+    """One matrix after another, with room between them."""
+    pieces, place, left, right = [], gap, 0, 0
+    for number, (rows, columns) in enumerate(shapes):
+        own = min(rank, rows, columns)
+        pieces.append(Piece(place, place, rows, columns, own, left, right, number))
+        place, left, right = (
+            place + rows * columns + gap,
+            left + own * min(rows, columns),
+            right + own * max(rows, columns),
+        )
+    return pieces
+
+
+class Bucket:
+    """Random gradients, residuals and factors, and what float64 makes of them."""
+
+    def __init__(self, shapes, rank, dtype=torch.float32, form="float32", gap=0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.pieces = pieces_of(shapes, rank, gap)
+        last = self.pieces[-1]
+        numel = last.gradient + last.rows * last.columns + gap
+        self.sizes = {"left": last.left + last.rank * min(last.rows, last.columns)}
+        self.sizes["right"] = last.right + last.rank * max(last.rows, last.columns)
+        self.gradient = torch.randn(numel, generator=generator).to(DEVICE, dtype)
+        self.residual = torch.randn(numel, generator=generator).to(DEVICE, getattr(torch, form))
+        self.kernels = Compression(self.pieces, form, [piece.seed for piece in self.pieces], DEVICE)
+        draw = lambda side: torch.randn(self.sizes[side], generator=generator).to(DEVICE)  # noqa: E731
+        self.left, self.right = draw("left"), draw("right")
+
+    def matrix(self, flat, piece):
+        """A matrix with the smaller side first, in float64."""
+        start = piece.gradient
+        rows = flat[start : start + piece.rows * piece.columns].view(piece.rows, piece.columns).double()
+        return rows.T if piece.tall else rows
+
+    def factor(self, payload, piece, side):
+        """A factor as it is written in the papers, in float64."""
+        length = (min if side == "left" else max)(piece.rows, piece.columns)
+        start = piece.left if side == "left" else piece.right
+        return payload[start : start + piece.rank * length].view(piece.rank, length).double().T
+
+    def between(self, flat):
+        """What lies between the matrices, and belongs to others."""
+        mask = torch.ones_like(flat, dtype=torch.bool)
+        for piece in self.pieces:
+            mask[piece.gradient : piece.gradient + piece.rows * piece.columns] = False
+        return flat[mask]
+
+
+def close(one, other, size):
+    return bool((one - other).abs().max() <= 2e-6 * size)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_products_are_those_of_float64(side, dtype, form):
+    bucket = Bucket(MIXED, 4, dtype, form, gap=3)
+    given, out = (bucket.right, torch.full_like(bucket.left, math.nan)), bucket.left
+    given, out = (bucket.right, bucket.left) if side == "left" else (bucket.left, bucket.right)
+    out = torch.full_like(out, math.nan)
+    before = bucket.gradient.clone()
+    sums = bucket.gradient.double() + bucket.residual.double()
+    bucket.kernels.multiply(side, bucket.gradient, bucket.residual, given, out, writes=dtype == torch.float32)
+    for piece in bucket.pieces:
+        m = bucket.matrix(sums, piece)
+        p = bucket.factor(given, piece, "right" if side == "left" else "left")
+        expected = m @ p if side == "left" else m.T @ p
+        assert close(bucket.factor(out, piece, side), expected, m.norm() * p.norm())
+    assert torch.equal(bucket.between(bucket.gradient), bucket.between(before))
+    if dtype == torch.float32:
+        for piece in bucket.pieces:
+            assert close(bucket.matrix(bucket.gradient, piece), bucket.matrix(sums, piece), 1)
+    else:
+        assert torch.equal(bucket.gradient, before)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 80), st.integers(1, 80)), min_size=1, max_size=3),
+    st.integers(1, 20),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=8)
+def test_any_shapes(shapes, rank, seed):
+    bucket = Bucket(shapes, rank, seed=seed)
+    out = torch.empty_like(bucket.left)
+    sums = bucket.gradient.double() + bucket.residual.double()
+    bucket.kernels.multiply("left", bucket.gradient, bucket.residual, bucket.right, out, writes=True)
+    for piece in bucket.pieces:
+        m, q = bucket.matrix(sums, piece), bucket.factor(bucket.right, piece, "right")
+        assert close(bucket.factor(out, piece, "left"), m @ q, m.norm() * q.norm())
+
+
+@pytest.mark.parametrize("rank", [33, 130])
+def test_many_columns(rank):
+    """More than a program takes: the sums are written before they are multiplied."""
+    bucket = Bucket([(136, 140)], rank)
+    out = torch.empty_like(bucket.left)
+    m = bucket.matrix(bucket.gradient.double() + bucket.residual.double(), bucket.pieces[0])
+    bucket.kernels.multiply("left", bucket.gradient, bucket.residual, bucket.right, out, writes=True)
+    assert close(bucket.matrix(bucket.gradient, bucket.pieces[0]), m, 1)
+    q = bucket.factor(bucket.right, bucket.pieces[0], "right")
+    assert close(bucket.factor(out, bucket.pieces[0], "left"), m @ q, m.norm() * q.norm())
+
+
+@pytest.mark.parametrize("shared", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_nothing_is_lost(shared, dtype, form):
+    """The average is the product of factors, and M is this rank's product and what is left, up to rounding."""
+    bucket = Bucket(MIXED, 4, dtype, form, gap=3)
+    other = Bucket(MIXED, 4, dtype, form, gap=3, seed=1)
+    own_left = bucket.left if shared == "left" else other.left
+    own_right = bucket.right if shared == "right" else other.right
+    adds = dtype != torch.float32
+    m = bucket.gradient.double() + (bucket.residual.double() if adds else 0)
+    residual = bucket.residual.clone()
+    factors = (bucket.left, bucket.right, own_left, own_right)
+    bucket.kernels.settle(bucket.gradient, bucket.residual, factors, bucket.kernels.flags(), 3, adds=adds)
+    eps = torch.finfo(dtype).eps
+    for piece in bucket.pieces:
+        p, q = bucket.factor(bucket.left, piece, "left"), bucket.factor(bucket.right, piece, "right")
+        own = bucket.factor(own_left, piece, "left") @ bucket.factor(own_right, piece, "right").T
+        size = p.norm() * q.norm()
+        delivered = bucket.matrix(bucket.gradient, piece)
+        assert torch.allclose(delivered, p @ q.T, rtol=eps, atol=2e-6 * float(size))
+        left_over = bucket.matrix(m, piece) - own + (p @ q.T - delivered)
+        kept = bucket.matrix(bucket.residual, piece)
+        assert torch.allclose(kept, left_over, rtol=0 if form == "float32" else 2.0**-7, atol=1e-5 * float(size))
+    assert torch.equal(bucket.between(bucket.residual), bucket.between(residual))
+
+
+def test_rounding_of_residuals_has_no_bias():
+    """In the mean of many steps; and a step's draws are the same wherever the matrix lies."""
+    bucket, kept = Bucket([(64, 64)], 1, form="bfloat16"), []
+    left, right = torch.zeros_like(bucket.left), torch.zeros_like(bucket.right)
+    zeros = (left, right, left, right)
+    wanted = bucket.gradient.clone()
+    for step in range(24):
+        bucket.gradient.copy_(wanted)
+        bucket.kernels.settle(bucket.gradient, bucket.residual, zeros, bucket.kernels.flags(), step, adds=False)
+        kept.append(bucket.residual.double())
+    error = torch.stack(kept).mean(0) - wanted.double()
+    spacing = wanted.double().abs() * 2.0**-8
+    assert abs(float((error / spacing).mean())) < 0.01
+    assert not torch.equal(kept[0], kept[1])
+    moved = Bucket([(64, 64)], 1, form="bfloat16", gap=16)
+    moved.gradient[16:-16] = wanted
+    moved.kernels.settle(moved.gradient, moved.residual, zeros, moved.kernels.flags(), 23, adds=False)
+    assert torch.equal(moved.residual[16:-16], bucket.residual)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_an_unsound_step_leaves_residuals_alone(which):
+    bucket = Bucket(MIXED, 4, gap=1)
+    flags, residual = bucket.kernels.flags(), bucket.residual.clone()
+    bad = torch.ones(5000, device=DEVICE)
+    bad[4500] = math.nan if which else -math.inf
+    bucket.kernels.inspect(bad, flags, which)
+    factors = (bucket.left, bucket.right, bucket.left, bucket.right)
+    bucket.kernels.settle(bucket.gradient, bucket.residual, factors, flags, 0, adds=False)
+    assert torch.equal(bucket.residual, residual)
+    assert all(bool(bucket.matrix(bucket.gradient, piece).isnan().all()) for piece in bucket.pieces)
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0, 300.0])
+def test_products_beyond_the_range_are_found(value):
+    """Only where a product really is, though the factors' size alone would allow for it."""
+    bucket = Bucket([(70, 40), (16, 8)], 4, torch.float16)
+    left, right = torch.zeros_like(bucket.left), torch.zeros_like(bucket.right)
+    left[bucket.pieces[1].left], right[bucket.pieces[1].right] = value, 300.0
+    flags = bucket.kernels.flags()
+    bucket.kernels.inspect(right, flags, 1)
+    bucket.kernels.exceed(bucket.gradient, left, right, flags, 65504 / 8)
+    assert int(flags[2]) == 0
+    bucket.kernels.exceed(bucket.gradient, left, right, flags, 0.0)
+    assert (int(flags[2]) > 0) == (value == 300.0)
+
+
+def test_columns_for_the_next_step():
+    bucket = Bucket([(5, 7), (9, 4), (6, 6)], 3)
+    units, before = bucket.right, torch.randn_like(bucket.right)
+    alive = torch.tensor([True, False, True, False, False, False, True, True, True], device=DEVICE)
+    first = bucket.kernels.revive("right", units, alive, before, 5)
+    again, later = (bucket.kernels.revive("right", units, alive, before, step) for step in (5, 6))
+    assert torch.equal(first, again)
+    columns = [first[:7], first[7:14], first[14:21]]
+    assert torch.equal(columns[0], units[:7])
+    assert torch.equal(columns[2], units[14:21])
+    assert abs(float(columns[1].norm()) - 1) < 1e-6
+    assert not torch.equal(first[7:14], later[7:14])
+    assert torch.equal(first[21:48], before[21:48])
+    assert torch.equal(first[48:], units[48:])
+
+
+WIDE, TALL, ODD = (2048, 8192), (8192, 2048), (64, 147)
+"""Of GPT-2 1.3B, and like ones of a DALL-E 12B shard; and the first of ResNet-50."""
+
+
+def launches():
+    """Every kernel, over the ranks and dtypes of the benchmarks."""
+    launch([WIDE], 4, torch.float32, "float32")
+    launch([TALL], 32, torch.bfloat16, "bfloat16")
+    launch([ODD], 4, torch.float32, "float32")
+    launch([WIDE], 112, torch.float32, "float32")
+    launch([TALL], 512, torch.bfloat16, "float32")
+
+
+def launch(shapes, rank, dtype, form):
+    pieces = pieces_of(shapes, rank)
+    kernels = Compression(pieces, form, [0] * len(pieces), torch.device("cpu"))
+    gradient, residual = torch.empty(16, dtype=dtype), torch.empty(16, dtype=getattr(torch, form))
+    left, right, own, flags = torch.empty(16), torch.empty(16), torch.empty(16), kernels.flags()
+    exact = dtype == torch.float32
+    kernels.multiply("left", gradient, residual, right, left, writes=exact)
+    kernels.multiply("right", gradient, None if exact else residual, left, right)
+    kernels.inspect(left, flags, 0)
+    kernels.exceed(gradient, left, right, flags, 1e30)
+    kernels.settle(gradient, residual, (left, right, left, own), flags, 0, adds=not exact)
+    kernels.revive("right", right, torch.ones(1), own, 0)
+
+
+@pytest.mark.parametrize(("capability", "shared", "spilled"), [(80, 163, 32), (90, 227, 0)])
+def test_kernels_compile(capability, shared, spilled):
+    kernels = compiled(__name__, capability)
+    assert {kernel.name for kernel in kernels} >= {"multiply", "gather", "inspect", "exceed", "settle", "revive"}
+    for kernel in kernels:
+        assert kernel.spilled <= spilled, kernel
+        assert kernel.shared <= shared * 1024, kernel

@@ -1,0 +1,236 @@
+"""A bucket that is worked on all at once: as the plain way does it, but that nothing is asked of the device."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distopt import PowerSGD
+from distopt.reducers.reducer import Bucket, Place, Slot, State
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(5, 7), (24, 16), (9,), (16, 24), (24, 16), (6, 4, 3)]
+
+
+def powersgd(**settings):
+    return PowerSGD(settings.pop("rank", 3), min_saving=-1e9, stacked={"5": 2}, **settings)
+
+
+@pytest.fixture
+def editions(monkeypatch):
+    """A function that makes a run of either edition."""
+
+    def make(reducer, dtype=torch.float32, *, fused=True):
+        with monkeypatch.context() as context:
+            context.setattr("distopt.reducers.fused.chosen", lambda device: fused)
+            run = Run(reducer, dtype)
+        assert (run.plan._fused is not None) == fused
+        return run
+
+    return make
+
+
+class Run:
+    """A plan and its state, fed with the gradients of one bucket by the only rank there is."""
+
+    def __init__(self, reducer, dtype):
+        slots = [
+            Slot(str(i), nn.Parameter(torch.zeros(shape, dtype=dtype, device=DEVICE)), exempt=len(shape) < 2)
+            for i, shape in enumerate(SHAPES)
+        ]
+        self.plan, self.state = reducer.plan(slots, Place()), State()
+
+    def propose(self, fed, figures=None):
+        """The bucket, and what came of its reduction."""
+        flat, self.state.figures = fed.clone(), figures
+        segments = flat.split([math.prod(shape) for shape in SHAPES])
+        gradients = [segment.view(shape) for segment, shape in zip(segments, SHAPES, strict=True)]
+        reduction = self.plan.reduce(Bucket(gradients, segments, flat), self.state)
+        try:
+            request = next(reduction)
+            while True:
+                request = reduction.send(request)
+        except StopIteration as returned:
+            return flat, returned.value
+
+    def step(self, fed, figures=None):
+        """What is delivered, if the step is taken."""
+        flat, proposal = self.propose(fed, figures)
+        if proposal is None or (proposal.sound is not None and not bool(proposal.sound)):
+            return None
+        proposal.commit()
+        self.state.step += 1
+        return flat
+
+
+def fed(seed, dtype=torch.float32):
+    numbers = sum(math.prod(shape) for shape in SHAPES)
+    return torch.randn(numbers, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def bits(state):
+    return {(kind, n): t.clone() for kind in ("residuals", "factors") for n, t in getattr(state, kind).items()}
+
+
+@pytest.mark.parametrize("residual_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("passes", ["both", "alternate"])
+def test_it_is_as_the_plain_way(editions, passes, dtype, residual_dtype):
+    reducer = powersgd(passes=passes, residual_dtype=residual_dtype)
+    fused, plain = editions(reducer, dtype), editions(reducer, dtype, fused=False)
+    tolerance = 1e-4 if dtype == torch.float32 and residual_dtype is None else 0.1
+    for step in range(3):
+        gradients, measured = fed(step, dtype), ({}, {}) if step == 1 else (None, None)
+        one, other = fused.step(gradients, measured[0]), plain.step(gradients, measured[1])
+        assert torch.allclose(one, other, rtol=0, atol=tolerance)
+        for name, figures in (measured[0] or {}).items():
+            expected = measured[1][name]
+            assert figures.bytes_sent == expected.bytes_sent
+            assert figures.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+            assert figures.input_norm == pytest.approx(expected.input_norm, rel=tolerance)
+            # Of a matrix that is delivered exactly; Triton's interpreter cuts off what bfloat16 has no room for.
+            assert figures.residual_norm == pytest.approx(expected.residual_norm, rel=tolerance, abs=tolerance)
+    assert fused.state.residuals.keys() == plain.state.residuals.keys()
+    for name, residual in plain.state.residuals.items():
+        kept = fused.state.residuals[name]
+        assert (kept.shape, kept.dtype) == (residual.shape, residual.dtype)
+        assert torch.allclose(kept.float(), residual.float(), rtol=0, atol=tolerance)
+    for name, factor in plain.state.factors.items():
+        assert torch.allclose(fused.state.factors[name], factor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("passes", ["both", "alternate"])
+def test_nothing_is_lost(editions, passes):
+    """What is delivered and what is left are what was there: of one rank, no average comes in between."""
+    run, before = editions(powersgd(passes=passes, rank=2)), {}
+    for step in range(3):
+        gradients = fed(step)
+        delivered = run.step(gradients)
+        whole, parts = gradients.clone(), delivered.clone()
+        at = 0
+        for i, shape in enumerate(SHAPES):
+            here = slice(at, at + math.prod(shape))
+            at = here.stop
+            if str(i) in run.state.residuals:
+                whole[here] += before.get(str(i), torch.zeros(1, device=DEVICE))
+                parts[here] += run.state.residuals[str(i)].flatten()
+        assert torch.allclose(whole, parts, rtol=0, atol=1e-5)
+        before = {name: residual.flatten().clone() for name, residual in run.state.residuals.items()}
+
+
+@pytest.mark.parametrize("passes", ["both", "alternate"])
+def test_a_resumed_run_is_the_same_bit_for_bit(editions, passes):
+    one, other = editions(powersgd(passes=passes)), editions(powersgd(passes=passes))
+    for step in range(2):
+        one.step(fed(step))
+        other.step(fed(step + 7))  # which leaves residuals of its own behind
+    other.state = copy.deepcopy(one.state)
+    for step in range(2, 4):
+        assert torch.equal(one.step(fed(step)), other.step(fed(step)))
+    kept = bits(other.state)
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in bits(one.state).items())
+
+
+def test_a_copy_of_the_state_is_worked_on_apart(editions):
+    """As when ranks of a node commit to a copy until all of them know that the step is sound."""
+    run = editions(powersgd())
+    run.step(fed(0))
+    original, before = run.state, bits(run.state)
+    copies = {name: residual.clone() for name, residual in original.residuals.items()}
+    run.state = State(original.step, copies, dict(original.factors))
+    run.step(fed(1))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in bits(original).items())
+
+
+@pytest.mark.parametrize("passes", ["both", "alternate"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [3, 35 + 384 + 2])
+def test_a_step_that_is_not_sound_leaves_no_trace(editions, passes, bad, where):
+    """The bad number may be in what is compressed, or in what is sent whole."""
+    run, witness = editions(powersgd(passes=passes)), editions(powersgd(passes=passes))
+    for each in (run, witness):
+        each.step(fed(0))
+    before, spoilt = bits(run.state), fed(1)
+    spoilt[where] = bad
+    assert run.step(spoilt) is None
+    assert all(torch.equal(tensor, before[key]) for key, tensor in bits(run.state).items())
+    assert torch.equal(run.step(fed(2)), witness.step(fed(2)))
+
+
+def test_what_a_narrow_gradient_cannot_hold_is_not_sound(editions):
+    """As in the plain edition: finite numbers whose average, within the range, is found beyond it after rounding."""
+    run = editions(powersgd(), torch.float16)
+    assert run.step(fed(0, torch.float16) * 100) is not None
+    large = torch.full_like(fed(0, torch.float16), 60000.0)
+    large[::7] = 65504.0
+    residual = run.state.residuals["1"]
+    residual.fill_(9000.0)
+    assert run.step(large) is None
+
+
+@pytest.mark.parametrize("passes", ["both", "alternate"])
+def test_zero_gradients_leave_factors_alone(editions, passes):
+    run = editions(powersgd(passes=passes))
+    run.step(fed(0) * 0)
+    before = bits(run.state)
+    run.step(fed(0) * 0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in bits(run.state).items())
+
+
+def test_columns_without_a_direction_are_drawn_anew(editions):
+    """A gradient of rank 1 leaves one; the next gradient of full rank needs all of them."""
+    run, plain = editions(powersgd()), editions(powersgd(), fused=False)
+    ones = torch.ones_like(fed(0))
+    for each in (run, plain):
+        assert torch.allclose(each.step(ones), ones, atol=1e-4)
+    for name, factor in run.state.factors.items():
+        assert torch.allclose(factor.norm(dim=0), torch.ones(factor.shape[1], device=DEVICE), atol=1e-5)
+        assert torch.linalg.matrix_rank(factor) == factor.shape[1], name
+
+
+class Unasked(TorchDispatchMode):
+    """Refuses operations for whose outcome the host would wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("passes", ["both", "alternate"])
+def test_nothing_is_asked_of_the_device(editions, passes, monkeypatch):
+    run, launched = editions(powersgd(passes=passes)), []
+    for step in range(2):
+        run.step(fed(step))
+    kernels = run.plan._fused._known[2]
+    for name in ("multiply", "inspect", "exceed", "settle", "revive"):  # the interpreter copies tensors, and asks
+        monkeypatch.setattr(kernels, name, lambda *args, n=name, **kwargs: launched.append(n) or args[-3])
+    monkeypatch.setattr(kernels, "revive", lambda side, units, *rest: units)
+    with Unasked():
+        _, proposal = run.propose(fed(2))
+        proposal.commit()
+    assert set(launched) == {"multiply", "inspect", "exceed", "settle"}
+
+
+def test_what_it_does_not_know_goes_the_plain_way(monkeypatch):
+    monkeypatch.setattr("distopt.reducers.fused.chosen", lambda device: True)
+    slots = [Slot("0", nn.Parameter(torch.zeros(8, 9, dtype=torch.float64)))]
+    assert powersgd().plan(slots, Place())._fused is None
+    optional = [Slot("0", nn.Parameter(torch.zeros(8, 9)), optional=True)]
+    assert powersgd().plan(optional, Place())._fused is None
+    narrow = powersgd(residual_dtype="1-6-9").plan([Slot("0", nn.Parameter(torch.zeros(8, 9)))], Place())
+    assert narrow._fused is None
+    scattered = powersgd().plan([Slot(name, nn.Parameter(torch.zeros(8, 9))) for name in "01"], Place())
+    gradients, state = [torch.ones(8, 9), torch.ones(8, 9)], State()
+    next(scattered.reduce(Bucket(gradients, [gradient.view(-1) for gradient in gradients]), state))
+    assert scattered._fused._known is None
+
+
+@pytest.mark.parametrize(("largest", "fused"), [(72, True), (71, False)])
+def test_a_matrix_with_more_elements_than_kernels_count_goes_the_plain_way(monkeypatch, largest, fused):
+    monkeypatch.setattr("distopt.reducers.fused.chosen", lambda device: True)
+    monkeypatch.setattr("distopt.reducers.fused._LARGEST", largest)
+    plan = powersgd().plan([Slot("0", nn.Parameter(torch.zeros(8, 9)))], Place())
+    assert (plan._fused is not None) == fused
