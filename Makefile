@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # one that is started again in its place may wait for ever.
 TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
-.PHONY: demo test test-full check bench clean
+.PHONY: demo test test-full check bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/distopt-dalle demo
@@ -27,6 +27,10 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m bench
+
+# With the machine's own python, whose torch knows its GPU: nothing is installed.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,6 +1,6 @@
 """Runs a short form of the benches, one after another, and renders the pages of the documentation from what they wrote.
 
-    python -m bench                                  # what ``make bench`` does: meant for a quarter of an hour
+    python -m bench                                  # what ``make bench`` does: 14 minutes on two cores
     python -m bench --only lab memory
     python -m bench --long --only lab                # with each bench's own defaults
     python -m bench --render                         # run nothing: pages and pictures from the last results

@@ -80,5 +80,6 @@ BENCHES = (
             "5",
         ),
     ),
+    Bench("gpu", "bench.gpu", ("--quick",)),
     Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "200")),
 )

@@ -10,6 +10,7 @@ is gone through: five times its bytes (the least that PowerSGD with error feedba
 one factor travels a step), as a fraction of what copying an array takes on the same machine in the same run.
 
 - ``both`` and ``alternate``: `distopt.PowerSGD`, driven as a trainer's step drives it, its checks included;
+- ``products``: only the matrix products of ``both``, as if all else were free;
 - ``torch`` and ``torch batched``: ``powerSGD_hook``, its futures complete at once; the latter with
   ``batch_tensors_with_same_shape``;
 - ``epfml``: the package ``powersgd``, where it is installed (`bench.epfml` says how); float32 only.
@@ -17,7 +18,8 @@ one factor travels a step), as a fraction of what copying an array takes on the 
 All are given the same matrices, embeddings included, and leave vectors whole. Matrices are as wide as each sees fit:
 a convolution's is the one nearest to square for us, and one row an output channel for the others.
 
-A second table gives the overhead: the time of a bucket that holds one tiny matrix, or ten equal ones, at rank 1.
+A second table gives the overhead: the time of a bucket that holds one tiny matrix, or ten equal ones, at rank 1, and
+what the same tensor operations take by themselves, without what calls for them.
 """
 
 import argparse
@@ -34,6 +36,7 @@ import torch.distributed as dist
 
 from bench import epfml
 from bench.compression.models import MODELS, TINY, Shapes
+from bench.compression.replay import operations
 from bench.compression.ways import WAYS
 from bench.memory import Done
 from bench.stamp import markdown, write_lines
@@ -49,7 +52,7 @@ TINY_ROUNDS = 300
 def main() -> None:
     """Read the command line, measure, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 4, 32])
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -60,7 +63,8 @@ def main() -> None:
     copied = copy_rate()
     records: list[dict[str, Any]] = []
     for count, shapes in TINY.items():
-        records += measured(f"tiny {count}", shapes(), torch.float32, 1, chosen.ways, TINY_ROUNDS, copied)
+        new = measured(f"tiny {count}", shapes(), torch.float32, 1, chosen.ways, TINY_ROUNDS, copied)
+        records += [r | repeated(r["way"], shapes()) for r in new]
     for model in chosen.models:
         for dtype in chosen.dtypes:
             for rank in chosen.ranks:
@@ -100,6 +104,25 @@ def measured(
         {**settings, "way": way, **summary(way, times, seconds.get(BASELINE, times), nbytes, copied)}
         for way, times in seconds.items()
     ]
+
+
+def repeated(way: str, shapes: Shapes) -> dict[str, float]:
+    """How many tensor operations a step of a tiny bucket has, the time they take by themselves, and that beyond it."""
+    with mock.patch.object(dist, "all_reduce", Done), torch.no_grad():
+        step = WAYS[way](shapes, torch.randn(sum(map(math.prod, shapes))), 1)
+        for _ in range(SKIPPED):
+            step()
+        again, count = operations(step)
+        seconds: list[tuple[float, float]] = []
+        for _ in range(TINY_ROUNDS):
+            times = [time.process_time()]
+            for act in (step, again):
+                act()
+                times.append(time.process_time())
+            seconds.append((times[1] - times[0], times[2] - times[1]))
+    alone = statistics.median(seconds_again for _, seconds_again in seconds)
+    beyond = statistics.median(whole - part for whole, part in seconds)
+    return {"operations": count, "operations_ms": alone * 1e3, "python_ms": beyond * 1e3}
 
 
 def summary(way: str, times: list[float], baseline: list[float], nbytes: int, copied: float) -> dict[str, float]:
@@ -167,11 +190,15 @@ def _overhead(records: Sequence[Mapping[str, Any]]) -> str:
             r["model"].removeprefix("tiny "),
             r["way"],
             f"{1e3 * r['ms']:.0f} ({1e3 * r['ms_low']:.0f} to {1e3 * r['ms_high']:.0f})",
+            f"{r['operations']}",
+            f"{1e3 * r['operations_ms']:.0f}",
+            f"{1e3 * r['python_ms']:.0f}",
             _ratio(r),
         ]
         for r in records
     ]
-    return markdown(["matrices of 8 x 8", "way", "µs a bucket (quartiles)", "of torch's hook (quartiles)"], rows)
+    head = ["matrices of 8 x 8", "way", "µs a bucket (quartiles)", "tensor operations", "µs of these", "µs of Python"]
+    return markdown([*head, "of torch's hook (quartiles)"], rows)
 
 
 def _ratio(record: Mapping[str, Any]) -> str:

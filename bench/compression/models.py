@@ -2,10 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
-
-from bench.dalle_speed import SIZES
-
 Shapes = Sequence[tuple[int, ...]]
 
 
@@ -30,15 +26,25 @@ def gpt2() -> Shapes:
 
 def dalle_demo() -> Shapes:
     """Parameters of the transformer that this repository's DALL-E trains as a demonstration."""
+    # Here, so that the other shapes are to be had where the integration is not.
+    from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
+
+    from bench.dalle_speed import SIZES
+
     settings = TransformerSettings(**SIZES["demo"].settings)
     return [tuple(parameter.shape) for parameter in Transformer(settings).parameters()]
 
 
-def dalle_12b() -> Shapes:
-    """What one of eight GPUs of a node holds of a layer of the 12-billion model: an eighth of the rows, width 3968."""
+def gpt2_xl() -> Shapes:
+    """Parameters of a GPT-2 with 1.3 billion of them: 24 layers of width 2048."""
+    return [(50257, 2048), (1024, 2048), *_blocks(2048, 24), (2048,), (2048,)]
+
+
+def dalle_12b(layers: int = 1) -> Shapes:
+    """What one of eight GPUs of a node holds of layers of the 12-billion model: an eighth of the rows, width 3968."""
     width, gpus = 3968, 8
     sides = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    return [shape for rows, columns in sides for shape in ((rows // gpus, columns), (rows // gpus,))]
+    return layers * [shape for rows, columns in sides for shape in ((rows // gpus, columns), (rows // gpus,))]
 
 
 def _blocks(width: int, layers: int) -> Iterator[tuple[int, ...]]:

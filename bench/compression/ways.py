@@ -1,7 +1,8 @@
 """Ways of compressing the gradients of one bucket: each a step that is taken again and again."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_h
 from bench import epfml
 from bench.compression.models import Shapes
 from distopt.attach.transaction import Transaction
+from distopt.reducers.lowrank import LowRankPlan
+from distopt.reducers.operand import Operand
 from distopt.reducers.powersgd import PowerSGD
-from distopt.reducers.reducer import Bucket, Place, Slot, State
+from distopt.reducers.reducer import Bucket, Place, Plan, Slot, State
 
 
 class _Alone:
@@ -30,15 +33,23 @@ class _Alone:
         return self._request
 
 
-def ours(shapes: Shapes, bucket: Tensor, rank: int, passes: str = "both") -> Callable[[], None]:
-    """A step of `distopt.PowerSGD`."""
+def _planned(shapes: Shapes, bucket: Tensor, rank: int, passes: str, **options: Any) -> tuple[Plan, Sequence[Tensor]]:
     slots = [
-        Slot(str(i), nn.Parameter(torch.empty(shape, dtype=bucket.dtype)), exempt=len(shape) < 2)
+        Slot(str(i), nn.Parameter(torch.empty(shape, dtype=bucket.dtype, device=bucket.device)), exempt=len(shape) < 2)
         for i, shape in enumerate(shapes)
     ]
-    plan, state = PowerSGD(rank, passes=passes).plan(slots, Place()), State()
-    segments = bucket.split([math.prod(shape) for shape in shapes])
-    gradients = [segment.view(shape) for segment, shape in zip(segments, shapes, strict=True)]
+    plan = PowerSGD(rank, passes=passes, **options).plan(slots, Place())
+    return plan, bucket.split([math.prod(shape) for shape in shapes])
+
+
+def _shaped(segments: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
+    return [segment.view(shape) for segment, shape in zip(segments, shapes, strict=True)]
+
+
+def ours(shapes: Shapes, bucket: Tensor, rank: int, passes: str = "both", **options: Any) -> Callable[[], None]:
+    """A step of `distopt.PowerSGD`, with whatever other settings."""
+    (plan, segments), state = _planned(shapes, bucket, rank, passes, **options), State()
+    gradients = _shaped(segments, shapes)
 
     def step() -> None:
         transaction = Transaction(_Alone())  # pyright: ignore[reportArgumentType]
@@ -46,6 +57,30 @@ def ours(shapes: Shapes, bucket: Tensor, rank: int, passes: str = "both") -> Cal
         assert transaction.complete()
         transaction.commit()
         state.step += 1
+
+    return step
+
+
+def products(shapes: Shapes, bucket: Tensor, rank: int) -> Callable[[], None]:
+    """Only the four products of a step with both passes: M Q, Mᵀ P, and P Qᵀ taken off M and written in its place.
+
+    Blocks as ours, no residual to add, nothing orthonormalised or averaged: what is left if all else were free.
+    """
+    plan, segments = _planned(shapes, bucket, rank, "both")
+    gradients = dict(zip(map(str, range(len(shapes))), _shaped(segments, shapes), strict=True))
+    works: list[tuple[Operand, Tensor, Tensor, Tensor]] = []
+    for matrix in plan.matrices if isinstance(plan, LowRankPlan) else ():
+        operand = Operand(matrix, gradients[matrix.slot.name], None)
+        left, right = (torch.randn(matrix.rank, rows) for rows in (matrix.left, matrix.right))
+        works.append((operand, left, right, torch.zeros(matrix.slot.parameter.shape)))
+
+    def step() -> None:
+        for operand, left, right, _ in works:
+            operand.times_right(right, torch.empty_like(left))
+        for operand, left, right, _ in works:
+            operand.times_left(left, torch.empty_like(right))
+        for operand, left, right, room in works:
+            operand.settle(left, right, left, right, room)
 
     return step
 
@@ -113,6 +148,7 @@ def epfmls(shapes: Shapes, bucket: Tensor, rank: int) -> Callable[[], None]:
 WAYS: Mapping[str, Callable[[Shapes, Tensor, int], Callable[[], None]]] = {
     "both": ours,
     "alternate": lambda shapes, bucket, rank: ours(shapes, bucket, rank, "alternate"),
+    "products": products,
     "torch": torchs,
     "torch batched": lambda shapes, bucket, rank: torchs(shapes, bucket, rank, batched=True),
     "epfml": epfmls,

@@ -34,7 +34,7 @@ def test_a_low_rank_bfloat16_gradient_arrives():
 
 
 def test_error_feedback_takes_the_memory_of_default_ddp():
-    """Beyond it: factors, and a table of half a megabyte, whatever the size.
+    """Beyond it: Q, room for P and twice for Q, and a table of half a megabyte, whatever the size.
 
     A residual in 16 bits takes half of what one in float32 does; coding it, some pieces of a megabyte.
     """
@@ -43,7 +43,8 @@ def test_error_feedback_takes_the_memory_of_default_ddp():
     by_label = {variant.label: variant for variant in memory.VARIANTS}
     plain, view, ours, packed = (run_ranks(1, memory.measure, by_label[label], 4, layers, width)[0] for label in labels)
     table = 2**19 / (layers * width**2)
-    assert ours["live"] - plain["live"] < table + 0.04
+    factors = 4 * 4 * 4 / width
+    assert ours["live"] - plain["live"] < table + 1.1 * factors
     assert ours["peak"] - plain["peak"] < table + 0.2
-    assert packed["live"] - view["live"] < 2 + table + 0.04
+    assert packed["live"] - view["live"] < 2 + table + 1.1 * factors
     assert packed["peak"] - view["peak"] < 2 + table + 8 * 2**20 / (layers * width**2)
