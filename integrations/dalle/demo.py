@@ -87,6 +87,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
         "task": {**task.describe(), "sampling": dataclasses.asdict(chosen.sampling)},
         "training": chosen.describe(),
         "peak_memory_bytes": report.peak_memory(),
+        **report.device_memory(),
         "versions": report.versions(),
     }
     pages.draw_samples(out / "samples.png", figures, samples)

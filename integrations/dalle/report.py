@@ -62,6 +62,12 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def device_memory() -> dict[str, int]:
+    """Under its name, the most bytes that torch has held at once on this rank's GPU; nothing where there is none."""
+    found = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return {"peak_device_memory_bytes": found} if found else {}
+
+
 def finite(value: Any) -> Any:
     """Replace what JSON has no word for: a number that is not finite becomes ``None``.
 

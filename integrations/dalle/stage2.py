@@ -136,7 +136,7 @@ class _Stage(CaptionedStage):
         return optimizer_of(self.model, dict(self.model.named_parameters()), self.settings, self._context)
 
     def scaler(self) -> Scaler:
-        return _scaler(self.model, self._context)
+        return scaler_of(self.model, self._context)
 
     def batch(self, step: int) -> Batch:
         return _batch(
@@ -189,8 +189,13 @@ def second_matrices(transformer: Transformer) -> list[nn.Parameter]:
     return [block.mlp_out.weight for block in transformer.blocks]
 
 
-def _scaler(transformer: Transformer, context: Context) -> Scaler:
-    """In 16 bits, a scale for the attention and one for the MLP of every layer; all else stays in float32."""
+def scaler_of(transformer: Transformer, context: Context) -> Scaler:
+    """The stage's scaler: in 16 bits one for the attention and one for the MLP of every layer, the rest in float32.
+
+    Args:
+        transformer: whose branches are scaled.
+        context: in which precision, and where.
+    """
     if context.precision == "fp32":
         return LossScaler(context.device.type, enabled=False)
     branches: dict[str, tuple[nn.Module, ...]] = {}

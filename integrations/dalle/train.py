@@ -61,6 +61,7 @@ def run(settings: TrainSettings, data: Path, out: Path, context: Context, *, rea
             "sampling": dataclasses.asdict(chosen.sampling),
             "training": chosen.describe(),
             "peak_memory_bytes": report.peak_memory(),
+            **report.device_memory(),
             "versions": report.versions(),
         }
         pages.draw_held_out(out / "samples.png", trained.model, source.held_out(1024), settings.seed)

@@ -246,7 +246,10 @@ class Transformer(nn.Module):
         """
         grid, outside = self.settings.grid, self.settings.codes
         known = F.pad(codes, (0, self.settings.image_length + 1 - codes.shape[1]), value=outside)
-        vectors = self.code_embedding(known[:, self._sources[slots].to(codes.device)])
+        if self._sources.device != codes.device:  # once: a copy makes the host wait for the device
+            with torch.inference_mode(False):
+                self._sources = self._sources.to(codes.device)
+        vectors = self.code_embedding(known[:, self._sources[slots]])
         places = torch.arange(self.settings.image_length, device=codes.device)[slots]
         position = self.row_embedding(places // grid) + self.column_embedding(places % grid)
         return self.code_projection(vectors.flatten(2)) + position

@@ -145,7 +145,7 @@ class Skipping:
 
 def test_steps_that_are_skipped_do_not_advance_the_averaged_weights(monkeypatch):
     monkeypatch.setattr(stage1, "LossScaler", Skipping)
-    monkeypatch.setattr(stage2, "_scaler", Skipping)
+    monkeypatch.setattr(stage2, "scaler_of", Skipping)
     for number, module in enumerate((stage1, stage2), start=1):
         averaged = []
         monkeypatch.setattr(module._Stage, "weight_of_last", lambda _, taken: averaged.append(taken) or 0.5)  # noqa: B023
