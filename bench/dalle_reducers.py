@@ -24,8 +24,8 @@ from distopt.integrations.dalle import report, runs
 from distopt.integrations.dalle.context import Context, StageResult
 from distopt.integrations.dalle.model import Model
 from distopt.integrations.dalle.precision import reducer
-from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
+from distopt.integrations.scenes.draw import Scenes
 
 import distopt
 from bench.stamp import markdown, write_lines

@@ -58,6 +58,11 @@ PUBLIC = [
     "shard",
 ]
 MODULES = sorted((ROOT / "distopt").rglob("*.py"))
+SHARED = {"running", "scenes"}
+"""What every one of the integrations may import, besides distopt itself."""
+INTEGRATIONS = {"dalle": {"tokenizers"}}
+"""Which of the others an integration may import."""
+INTEGRATED = sorted((ROOT / "integrations").rglob("*.py"))
 
 
 def imports(path):
@@ -84,6 +89,20 @@ def test_imports_go_one_way(path):
             assert other == room or other in ORDER or (room, other) in ONE_WAY, f"{path.name} imports {name}"
         else:
             assert ORDER.index(other) <= ORDER.index(room), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", INTEGRATED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_integrations_do_not_know_each_other(path):
+    *rooms, _ = path.relative_to(ROOT / "integrations").parts
+    if not rooms:
+        return
+    allowed = {rooms[0]} | (set() if rooms[0] in SHARED else SHARED) | INTEGRATIONS.get(rooms[0], set())
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > len(rooms):
+            above = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            assert set(above) <= allowed, f"{path.name} imports {above}"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("distopt.integrations."):
+            assert node.module.split(".")[2] in allowed, f"{path.name} imports {node.module}"
 
 
 def test_no_cycles():

@@ -7,8 +7,8 @@ import torch
 from distopt.integrations.dalle import runs
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.model import Model
-from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
+from distopt.integrations.scenes.draw import Scenes
 
 from bench.quality.case import WORLD, Case, Outcome
 

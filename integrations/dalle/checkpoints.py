@@ -23,6 +23,7 @@ import distopt
 from distopt import checkpoint
 from distopt.errors import StateError
 
+from ..running.launch import Stopped
 from .context import Context, StageResult
 from .settings import CheckpointOptions
 
@@ -30,19 +31,6 @@ FORMAT = 1
 _ASK_SECONDS = 0.5
 """How often, about, the ranks ask each other whether to save or to stop."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Stopped(Exception):
-    """A signal asked to stop, and everything has been saved.
-
-    Args:
-        number: the signal.
-        step: after which step of which stage.
-    """
-
-    def __init__(self, number: int, step: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} and saved after {step}")
-        self.number = number
 
 
 class RunCheckpoints:

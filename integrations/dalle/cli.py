@@ -2,17 +2,16 @@
 
 import argparse
 import dataclasses
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distopt.errors import DistoptError
 
-from . import drawing, flags, launch, resume, runs
-from .fields import MAX_SEED
+from ..running import command, flags, launch
+from ..running.fields import MAX_SEED
+from . import drawing, resume, runs
 from .settings import (
     PRESETS,
     DemoSettings,
@@ -26,6 +25,11 @@ from .settings import (
     preset,
 )
 
+COMMAND = launch.Command("distopt-dalle", "distopt.integrations.dalle")
+_ALSO = {f"stage{i}.steps": f"--steps-{i}" for i in (1, 2, 3)} | {f"steps_{i}": f"--steps-{i}" for i in (1, 2, 3)}
+"""Flags that fields have besides their own."""
+_HIDDEN = ("n", "steps_1", "steps_2", "steps_3")
+"""Fields of the demo that have no flag of their own name."""
 _MOST_PLANNED = 65_536
 """Ranks that ``--check`` plans for; those that are started are fewer."""
 _DATA = "a folder of pictures with captions, COCO's .json, a .tsv, or shards: 'shards/{000..009}.tar'"
@@ -38,13 +42,6 @@ _EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(launch.REFUSED, f"{self.prog}: error: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -54,38 +51,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for bad settings or input (one line on stderr has said what), 130 after Ctrl-C, 1 otherwise.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        parsed = _parser().parse_args(given)
-        return parsed.run(parsed, given)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else launch.FAILED
-    except DistoptError as error:
-        place = launch.place_or_none()
-        if place is None or place.rank == 0:
-            print(f"distopt-dalle: error: {error}", file=sys.stderr)
-        return launch.REFUSED
-    except KeyboardInterrupt:
-        print("distopt-dalle: interrupted", file=sys.stderr)
-        return launch.INTERRUPTED
+    return command.run(COMMAND, _parser(), list(sys.argv[1:] if arguments is None else arguments))
 
 
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
-    settings = build(DemoSettings, flags.chosen(parsed, DemoSettings))
+    settings = build(DemoSettings, flags.chosen(parsed, DemoSettings, _ALSO))
     out: Path = parsed.out
     place = launch.place()
     check_shard(settings, parsed.ranks if place is None else place.world_size)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
     if place is None or place.rank == 0:
-        _writable_folder("--out", out)
+        command.make_writable("--out", out)
     if not _begin(parsed, settings, out, place):
         return 0
     if place is None:
-        return launch.start(given, parsed.ranks, out / "error.txt")
+        return launch.start(COMMAND, given, parsed.ranks, out / "error.txt")
     from .demo import run
-    from .ranks import work
 
-    return work(place, parsed.device, settings.seed, lambda context: run(settings, out, context))
+    return _work(place, parsed.device, settings.seed, lambda context: run(settings, out, context))
 
 
 def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
@@ -113,20 +96,32 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
         launch.check_startable(parsed.ranks)
         # Read once, here: every reason to refuse the data is known before a process is started.
         found = opening.read(data, settings, out)
-        _writable_folder("--out", out)
+        command.make_writable("--out", out)
         if not _begin(parsed, settings, out, place):
             return 0
         opening.keep(found, out)
-        return launch.start(given, parsed.ranks, out / "error.txt")
+        return launch.start(COMMAND, given, parsed.ranks, out / "error.txt")
     if place.rank == 0:
-        _writable_folder("--out", out)
+        command.make_writable("--out", out)
     if not _begin(parsed, settings, out, place):
         return 0
-    from .ranks import work
     from .train import run
 
     ours = launch.started_by_us()
-    return work(place, parsed.device, settings.seed, lambda context: run(settings, data, out, context, read=not ours))
+    return _work(place, parsed.device, settings.seed, lambda context: run(settings, data, out, context, read=not ours))
+
+
+def _work(place: launch.Place, device: str, seed: int, task: Callable[..., None]) -> int:
+    """Join the other ranks and do ``task`` with them, in a context that is made for it."""
+    from ..running.ranks import work
+    from .context import Context
+
+    return work(
+        COMMAND,
+        place,
+        device,
+        lambda found: task(Context(rank=place.rank, world_size=place.world_size, device=found, seed=seed)),
+    )
 
 
 def _check_only(settings: TrainSettings, data: Path, out: Path, ranks: int) -> None:
@@ -135,7 +130,7 @@ def _check_only(settings: TrainSettings, data: Path, out: Path, ranks: int) -> N
     from .train import recipe_of
 
     found = opening.read(data, settings, out)
-    _could_be_written("--out", out)
+    command.check_writable("--out", out)
     training = int((~found.held_out(settings.held_out)).sum())
     for line in (*found.summary(), *plan_lines(recipe_of(settings), ranks, training)):
         print(line)
@@ -150,7 +145,7 @@ def _train_settings(parsed: argparse.Namespace) -> TrainSettings:
         build(TrainSettings, below)
     except DistoptError as error:
         raise InputError(f"--config {parsed.config}: {error}") from None
-    return build(TrainSettings, merged(below, flags.chosen(parsed, TrainSettings)))
+    return build(TrainSettings, merged(below, flags.chosen(parsed, TrainSettings, _ALSO)))
 
 
 def _begin(parsed: argparse.Namespace, settings: Any, out: Path, place: launch.Place | None) -> bool:
@@ -176,7 +171,7 @@ def _sample(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     run = runs.open_run(parsed.run_folder)
     request = drawing.request_of(parsed, run)
     launch.check_devices(parsed.device, 1)
-    _writable_folder("--out", out.parent)
+    command.make_writable("--out", out.parent)
     from .generate import write_samples
 
     write_samples(run, request, out, device=parsed.device)
@@ -188,7 +183,7 @@ def _evaluate(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     run = runs.open_run(parsed.run_folder)
     launch.check_devices(parsed.device, 1)
     out: Path = parsed.run_folder / runs.EVALUATION if parsed.out is None else parsed.out
-    _writable_folder("--out", out)
+    command.make_writable("--out", out)
     from .evaluate import evaluate
 
     evaluate(run, parsed.device, out, features=parsed.features)
@@ -196,7 +191,7 @@ def _evaluate(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = command.Parser(
         prog="distopt-dalle",
         description="A complete, small DALL-E, trained with distopt's compressed gradients.",
         epilog=_EXAMPLES,
@@ -205,39 +200,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(run=run)
-        added.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+        command.add_device(added)
         return added
 
-    demo = command("demo", _demo, "Train both stages on the drawn task, sample, score, and write a report.")
+    demo = add("demo", _demo, "Train both stages on the drawn task, sample, score, and write a report.")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
-    _add_ranks(demo, launch.MOST)
+    command.add_ranks(demo)
     _add_fresh(demo)
-    flags.add_fields(demo, DemoSettings)
+    flags.add_fields(demo, DemoSettings, _ALSO, _HIDDEN)
 
-    train = command("train", _train, "Train both stages on pictures with captions.")
+    train = add("train", _train, "Train both stages on pictures with captions.")
     train.add_argument("--data", type=Path, required=True, metavar="DATA", help=_DATA)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if missing")
     train.add_argument(
         "--preset", choices=PRESETS, help="settings of the paper's sizes, which --config and flags change"
     )
     train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
-    _add_ranks(train, _MOST_PLANNED)
+    command.add_ranks(train, _MOST_PLANNED)
     _add_fresh(train)
-    flags.add_fields(train, TrainSettings)
+    flags.add_fields(train, TrainSettings, _ALSO, _HIDDEN)
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
-    sample = command("sample", _sample, "Draw pictures for a caption with a trained run.")
+    sample = add("sample", _sample, "Draw pictures for a caption with a trained run.")
     _add_run(sample, runs.BUNDLED, "; without it, a model of the demo that is installed with the package")
     sample.add_argument("--caption", required=True, metavar="TEXT", help="what to draw")
     sample.add_argument("--out", type=Path, required=True, metavar="F.png", help="one picture, or a sheet of several")
-    sample.add_argument("--n", type=_whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)")
-    sample.add_argument("--seed", type=_whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    sample.add_argument(
+        "--n", type=command.whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)"
+    )
+    sample.add_argument("--seed", type=command.whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
     drawing.add_flags(sample)
 
-    evaluate = command("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")
+    evaluate = add("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")
     _add_run(evaluate)
     evaluate.add_argument(
         "--out", type=Path, metavar="DIR", help=f"folder of the pictures (default: {runs.EVALUATION} in the run's own)"
@@ -248,11 +245,6 @@ def _parser() -> argparse.ArgumentParser:
         help="network of the Frechet distance, pictures in [0, 1] to (B, D) (default: the run's contrastive model)",
     )
     return parser
-
-
-def _add_ranks(parser: argparse.ArgumentParser, most: int) -> None:
-    meaning = "processes that train together (default: 2; under torchrun, those that it started)"
-    parser.add_argument("--ranks", type=_whole(1, most), default=2, metavar="N", help=meaning)
 
 
 def _add_fresh(parser: argparse.ArgumentParser) -> None:
@@ -271,34 +263,3 @@ def _add_run(parser: argparse.ArgumentParser, default: Path | None = None, remar
 def _toml_names() -> str:
     values = {field.name: getattr(TrainSettings(), field.name) for field in dataclasses.fields(TrainSettings)}
     return ", ".join(f"[{name}]" if dataclasses.is_dataclass(value) else name for name, value in values.items())
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    words = f"a whole number from {low} to {high}" if high < MAX_SEED else f"a whole number from {low} to 2**63 - 1"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"is {text!r}, but must be {words}")
-        return value
-
-    return parse
-
-
-def _writable_folder(flag: str, folder: Path) -> None:
-    """Make ``folder`` and try to write there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot be written to: {error.strerror}") from None
-
-
-def _could_be_written(flag: str, folder: Path) -> None:
-    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: cannot be written to: {nearest} is not a folder that we may write to")

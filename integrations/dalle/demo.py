@@ -4,6 +4,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from ..scenes.draw import Scenes
 from . import pages, recipe, report, resume, runs
 from .checkpoints import RunCheckpoints
 from .context import Context
@@ -12,7 +13,6 @@ from .evaluate import score_best_of, score_scenes
 from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
-from .scenes import Scenes
 from .settings import DemoSettings
 from .stage1 import Stage1Settings
 from .stage2 import Stage2Settings

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..running.ranks import single_thread
+from ..scenes.draw import Scenes, to_tensor, to_uint8
 from . import pages, rerank, runs, tables
 from .context import Context
 from .data import opening
@@ -25,10 +27,8 @@ from .grading import Score, attributes, evaluate_generation
 from .measures import measure
 from .metrics import unigram_loss
 from .model import Model
-from .ranks import single_thread
 from .report import best_of_lines, finite, framed, held_out_lines, score_lines
 from .runs import Run
-from .scenes import Scenes, to_tensor, to_uint8
 from .settings import InputError
 from .stage1 import evaluate_tokenizer, usage
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
+from ..scenes.draw import to_tensor
 from .context import Judged
 from .pictures import NAMES_SHOWN, Pictures
-from .scenes import to_tensor
 
 
 class FolderSource:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from ..running.ranks import single_thread
+from ..scenes.draw import to_tensor
 from . import sheets
 from .drawing import Request, Top
 from .model import Model
-from .ranks import single_thread
 from .runs import Run
-from .scenes import to_tensor
 
 _COLUMNS = 8
 

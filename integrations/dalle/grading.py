@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..scenes.draw import Scenes, Triple, to_uint8
+from ..scenes.read import matches_all, read_all, two_things
 from .codes import Codec
 from .sampling import SamplingSettings, sample
-from .scenes import Scenes, Triple, to_uint8
-from .scorer import matches_all, read_all, two_things
 from .text import Tokenizer
 from .transformer import Transformer
 

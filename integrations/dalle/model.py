@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ..scenes.draw import to_tensor, to_uint8
 from . import architectures, runs
 from .contrast import Contrast, ContrastSettings
 from .grading import generate
 from .relaxed import RelaxedVAE
 from .sampling import SamplingSettings
-from .scenes import to_tensor, to_uint8
 from .settings import InputError
 from .text import Tokenizer
 from .transformer import Transformer, TransformerSettings

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..scenes.draw import to_uint8
 from . import sheets
 from .context import Judged
 from .metrics import ssim
 from .model import Model
 from .rerank import Chosen
-from .scenes import to_uint8
 
 _TITLES = {
     "s0": "S0 · seen captions, drawn anew",

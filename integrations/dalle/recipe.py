@@ -12,16 +12,16 @@ from typing import Any, cast
 
 import distopt
 
+from ..running.journal import RunJournal
+from ..scenes.draw import to_uint8
 from . import report, runs, sheets
 from .architectures import AnyDVAESettings, build
 from .checkpoints import RunCheckpoints, packed
 from .context import Context, Source, StageResult
 from .contrast import Contrast, ContrastSettings
-from .journal import RunJournal
 from .model import Model
 from .published import find_published, load_published
 from .sampling import SamplingSettings
-from .scenes import to_uint8
 from .settings import CheckpointOptions, InputError
 from .stage1 import Stage1Settings, train_dvae
 from .stage2 import Stage2Settings, train_transformer

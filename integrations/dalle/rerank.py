@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..scenes.draw import Scenes, to_tensor, to_uint8
+from ..scenes.read import matches_all
 from .contrast import Contrast
 from .grading import Score, generate, wilson
 from .model import Model
-from .scenes import Scenes, to_tensor, to_uint8
-from .scorer import matches_all
 from .text import Tokenizer
 
 CANDIDATES = 8

@@ -12,6 +12,8 @@ from typing import Any
 
 from distopt.errors import SettingError
 
+from ..running.fields import LENGTH, is_length
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
@@ -88,21 +90,6 @@ class StageSettings:
             return self.learning_rate * (step + 1) / warmup
         fraction = (step - warmup) / max(1, in_steps(self.decay_steps, self.steps) - warmup)
         return self.learning_rate * half_cosine(1.0, self.final_learning_rate, fraction)
-
-
-LENGTH = "a whole number of steps, or a fraction of the run from 0.0 to 1.0"
-
-
-def is_length(value: object) -> bool:
-    """Whether ``value`` is a length as the module's docstring defines it.
-
-    Example:
-        >>> [is_length(value) for value in (5000, 0, 0.05, 1.0, -1, 1.5, True)]
-        [True, True, True, True, False, False, False]
-    """
-    if isinstance(value, bool):
-        return False
-    return value >= 0 if isinstance(value, int) else isinstance(value, float) and 0 <= value <= 1
 
 
 def length_from(text: str) -> int | float:

@@ -10,14 +10,14 @@ from typing import Any
 
 from distopt.errors import SettingError
 
-from .fields import MAX_SEED, check, load_toml
-from .fields import InputError as InputError
-from .fields import build as build
-from .fields import choice as _choice
-from .fields import length as _length
-from .fields import merged as merged
-from .fields import number as _number
-from .fields import text as _text
+from ..running.fields import MAX_SEED, check, load_toml
+from ..running.fields import InputError as InputError
+from ..running.fields import build as build
+from ..running.fields import choice as _choice
+from ..running.fields import length as _length
+from ..running.fields import merged as merged
+from ..running.fields import number as _number
+from ..running.fields import text as _text
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 WIRES = ("float32", "bfloat16", "float16")

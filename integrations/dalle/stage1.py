@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 
 from distopt.errors import SettingError
 
+from ..scenes.draw import Scenes, to_tensor, to_uint8
+from ..scenes.read import matches_all
 from .architectures import AnyDVAESettings, build
 from .batches import chunks
 from .context import Context, Source, StageResult, Stream
@@ -31,7 +33,6 @@ from .data.batches import pictures_at
 from .dvae import DVAE
 from .precision import LossScaler, Scaler, adamw
 from .relaxed import RelaxedVAE, gumbel
-from .scenes import Scenes, to_tensor, to_uint8
 from .schedules import (
     LENGTH,
     StageSettings,
@@ -41,7 +42,6 @@ from .schedules import (
     is_positive_integer,
     share_of,
 )
-from .scorer import matches_all
 from .settings import Stage1Options
 from .trainer import Batch, Loss, check_divisible, train
 

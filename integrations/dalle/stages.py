@@ -9,9 +9,9 @@ from torch import nn
 
 import distopt
 
+from ..running.journal import RunJournal
 from .checkpoints import RunCheckpoints, StageSaver, packed, unpacked
 from .context import Context, StageResult
-from .journal import RunJournal
 from .schedules import StageSettings
 
 _Settings = TypeVar("_Settings", bound=StageSettings)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...scenes.draw import to_tensor
 from ..context import Context, Source, Stream
-from ..scenes import to_tensor
 from .order import Part
 
 Encode = Callable[[list[str], np.random.Generator], Tensor]

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
+from ...scenes.draw import to_tensor
 from ..augment import augment_stage1, augment_stage2
 from ..context import Judged
 from ..pictures import decode, square
-from ..scenes import to_tensor
 from ..settings import DataOptions, InputError
 from .collecting import read_bytes
 from .index import NAMES_SHOWN, Index

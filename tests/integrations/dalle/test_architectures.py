@@ -9,17 +9,17 @@ from distopt.integrations.dalle import runs
 from distopt.integrations.dalle.architectures import build, settings_of
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
-from distopt.integrations.dalle.journal import RunJournal
 from distopt.integrations.dalle.model import Model
 from distopt.integrations.dalle.paper_dvae import PaperDVAE, PaperDVAESettings
 from distopt.integrations.dalle.plan import plan_lines
 from distopt.integrations.dalle.published import save_published
 from distopt.integrations.dalle.recipe import train
 from distopt.integrations.dalle.report import stage_lines
-from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.settings import InputError, Stage1Options, TrainSettings
 from distopt.integrations.dalle.settings import build as checked
 from distopt.integrations.dalle.train import recipe_of
+from distopt.integrations.running.journal import RunJournal
+from distopt.integrations.scenes.draw import Scenes
 
 from distopt.errors import SettingError
 

@@ -7,8 +7,8 @@ from distopt.integrations.dalle import runs
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.model import Model
 from distopt.integrations.dalle.rerank import choose
-from distopt.integrations.dalle.scenes import Scenes
-from distopt.integrations.dalle.scorer import matches_all
+from distopt.integrations.scenes.draw import Scenes
+from distopt.integrations.scenes.read import matches_all
 from PIL import Image
 
 

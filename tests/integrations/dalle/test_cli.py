@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from distopt.integrations.dalle import cli, flags, launch, resume, runs
+from distopt.integrations.dalle import cli, resume, runs
 from distopt.integrations.dalle.cli import main
-from distopt.integrations.dalle.fields import leaves, nested
 from distopt.integrations.dalle.settings import TrainSettings, build
+from distopt.integrations.running import flags, launch
+from distopt.integrations.running.fields import leaves, nested
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -141,7 +142,7 @@ def test_a_flag_says_what_the_file_says(data):
         table[name] = value
         arguments += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     parsed = cli._parser().parse_args(arguments)
-    chosen = flags.chosen(parsed, TrainSettings)
+    chosen = flags.chosen(parsed, TrainSettings, cli._ALSO)
     assert _built(chosen) == _built(nested(table))
 
 
@@ -217,10 +218,10 @@ def test_a_good_command_starts_the_ranks_it_was_asked_for(monkeypatch, tmp_path,
     monkeypatch.setattr(launch, "start", lambda *given: started.append(given) or 0)
     arguments = ["train", "--data", str(data), "--out", str(tmp_path / "run"), "--ranks", "4"]
     assert main(arguments) == 0
-    assert started == [(arguments, 4, tmp_path / "run" / "error.txt")]
+    assert started == [(cli.COMMAND, arguments, 4, tmp_path / "run" / "error.txt")]
     assert len(json.loads((tmp_path / "run" / "pictures.json").read_text())["names"]) == 4
     assert main(["demo", "--out", str(tmp_path / "demo"), "--ranks", "3"]) == 0
-    assert started[1][1] == 3
+    assert started[1][2] == 3
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from distopt.integrations.dalle.contrast import Contrast, ContrastSettings
-from distopt.integrations.dalle.scenes import Scenes, Thing, Triple, to_tensor
 from distopt.integrations.dalle.text import PAD
+from distopt.integrations.scenes.draw import Scenes, Thing, Triple, to_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 

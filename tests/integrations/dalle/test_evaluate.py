@@ -13,7 +13,7 @@ from distopt.integrations.dalle.contrast import Contrast, ContrastSettings
 from distopt.integrations.dalle.folder import FolderSource
 from distopt.integrations.dalle.pictures import Pictures
 from distopt.integrations.dalle.report import best_of_lines
-from distopt.integrations.dalle.scenes import Scenes
+from distopt.integrations.scenes.draw import Scenes
 from PIL import Image
 from torch import nn
 

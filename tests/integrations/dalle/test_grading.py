@@ -9,7 +9,7 @@ from distopt.integrations.dalle import grading
 from distopt.integrations.dalle.grading import attributes, evaluate_generation, wilson
 from distopt.integrations.dalle.model import Model
 from distopt.integrations.dalle.sampling import SamplingSettings
-from distopt.integrations.dalle.scenes import INVERSE, Scenes, Thing, Triple, to_tensor
+from distopt.integrations.scenes.draw import INVERSE, Scenes, Thing, Triple, to_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -9,8 +9,8 @@ from distopt.integrations.dalle.drawing import Top
 from distopt.integrations.dalle.generate import top_codes
 from distopt.integrations.dalle.model import Model
 from distopt.integrations.dalle.sampling import SamplingSettings
-from distopt.integrations.dalle.scenes import to_uint8
 from distopt.integrations.dalle.settings import InputError
+from distopt.integrations.scenes.draw import to_uint8
 from PIL import Image
 
 CAPTIONS = ["a red circle above a blue square", "a zebra", "blue"]

@@ -10,11 +10,11 @@ from distopt.integrations.dalle import stage1, stage2
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
 from distopt.integrations.dalle.precision import LossScaler, Stepper, adamw, reducer
-from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.stage1 import Stage1Settings, train_dvae
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
 from distopt.integrations.dalle.text import Tokenizer
 from distopt.integrations.dalle.transformer import Transformer, TransformerSettings
+from distopt.integrations.scenes.draw import Scenes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt

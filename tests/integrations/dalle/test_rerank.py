@@ -11,7 +11,7 @@ from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.contrast import Contrast, ContrastSettings
 from distopt.integrations.dalle.grading import wilson
 from distopt.integrations.dalle.model import Model
-from distopt.integrations.dalle.scenes import Scenes, to_tensor
+from distopt.integrations.scenes.draw import Scenes, to_tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

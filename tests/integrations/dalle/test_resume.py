@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from distopt.integrations.dalle import launch, resume
+from distopt.integrations.dalle import resume
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.settings import CheckpointOptions, DemoSettings, InputError, TrainSettings, build
+from distopt.integrations.running import launch
 
 DEMO = DemoSettings()
 

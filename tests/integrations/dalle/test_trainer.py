@@ -7,11 +7,11 @@ import pytest
 import torch
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
-from distopt.integrations.dalle.scenes import Scenes
 from distopt.integrations.dalle.stage1 import Stage1Settings, train_dvae
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
 from distopt.integrations.dalle.text import Tokenizer
 from distopt.integrations.dalle.transformer import TransformerSettings
+from distopt.integrations.scenes.draw import Scenes
 
 import distopt
 from distopt.errors import SettingError

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from distopt.integrations.dalle import launch, train
+from distopt.integrations.dalle import train
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.data import opening, shards
@@ -15,6 +15,7 @@ from distopt.integrations.dalle.data.stream import StreamSource
 from distopt.integrations.dalle.folder import FolderSource
 from distopt.integrations.dalle.pictures import Pictures
 from distopt.integrations.dalle.settings import DataOptions, InputError, TrainSettings, build, load_toml
+from distopt.integrations.running import launch
 
 from .conftest import write_folder, write_shards, write_tsv
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from distopt.integrations.dalle.scenes import BACKGROUND, COLOURS, RELATIONS, SHAPES, Scenes, Thing, Triple, mask
-from distopt.integrations.dalle.scorer import (
+from distopt.integrations.scenes.draw import BACKGROUND, COLOURS, RELATIONS, SHAPES, Scenes, Thing, Triple, mask
+from distopt.integrations.scenes.read import (
     MIN_PIXELS,
     connected_components,
     matches,

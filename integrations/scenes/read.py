@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scenes import COLOURS, DIAMETERS, PALETTE, SHAPES, SIZE, Thing, Triple, placed_masks
+from .draw import COLOURS, DIAMETERS, PALETTE, SHAPES, SIZE, Thing, Triple, placed_masks
 
 MIN_PIXELS = 10
 MIN_IOU = 0.7
@@ -77,7 +77,7 @@ def read(picture: np.ndarray) -> Reading | None:
     """Read one uint8 ``(24, 24, 3)`` picture; ``None`` if it is not a readable scene.
 
     Example:
-        >>> from distopt.integrations.dalle.scenes import Scenes
+        >>> from distopt.integrations.scenes.draw import Scenes
         >>> triple = Triple(Thing("red", "circle"), "above", Thing("blue", "square"))
         >>> read(Scenes().draw(triple, np.random.default_rng(0))).content == triple
         True

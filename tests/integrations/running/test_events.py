@@ -3,7 +3,7 @@
 import io
 
 import torch
-from distopt.integrations.dalle.journal import RunJournal
+from distopt.integrations.running.journal import RunJournal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 

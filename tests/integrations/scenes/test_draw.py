@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from distopt.integrations.dalle import scenes
-from distopt.integrations.dalle.scenes import (
+from distopt.integrations.scenes import draw as scenes
+from distopt.integrations.scenes.draw import (
     BACKGROUND,
     COLOURS,
     DIAMETERS,

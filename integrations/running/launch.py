@@ -19,11 +19,10 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .settings import InputError
+from .fields import InputError
 
 MEETING = "DISTOPT_MEETING"
 """Environment variable: the folder where ranks that we started find each other and leave word of their errors."""
-_COMMAND = "distopt.integrations.dalle"
 MOST = 64
 """Ranks that `start` may start."""
 _GRACE_SECONDS = 5.0
@@ -32,6 +31,36 @@ _SAVING_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _SETTLE_SECONDS = 0.2
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that starts ranks.
+
+    Args:
+        name: what the user types; begins each line on stderr.
+        module: what each rank runs, as ``python -m`` does.
+    """
+
+    name: str
+    module: str
+
+    def tell(self, line: str) -> None:
+        """Say one line on stderr."""
+        print(f"{self.name}: {line}", file=sys.stderr)
+
+
+class Stopped(Exception):
+    """A signal asked to stop, and everything has been saved.
+
+    Args:
+        number: the signal.
+        step: after which step of which stage.
+    """
+
+    def __init__(self, number: int, step: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} and saved after {step}")
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -81,14 +110,14 @@ def started_by_us() -> bool:
     return MEETING in os.environ
 
 
-def start(arguments: Sequence[str], ranks: int, error_log: Path, module: str = _COMMAND) -> int:
-    """Run this command again as ``ranks`` processes and wait for all of them.
+def start(command: Command, arguments: Sequence[str], ranks: int, error_log: Path) -> int:
+    """Run a command again as ``ranks`` processes and wait for all of them.
 
     Args:
+        command: which.
         arguments: the command's arguments, as the user gave them.
         ranks: how many processes.
         error_log: where the traceback of a rank that failed unexpectedly is kept.
-        module: what each process runs, as ``python -m`` does.
 
     Returns:
         0, or the exit code that the user gets: 2 if a rank refused its input, 130 on Ctrl-C and 143 on SIGTERM, 1
@@ -101,7 +130,7 @@ def start(arguments: Sequence[str], ranks: int, error_log: Path, module: str = _
     told = [INTERRUPTED]
     try:
         with _terminate_as_interrupt() as told:
-            processes.extend(_spawn([module, *arguments], rank, ranks, meeting) for rank in range(ranks))
+            processes.extend(_spawn([command.module, *arguments], rank, ranks, meeting) for rank in range(ranks))
             while None in (codes := [process.poll() for process in processes]) and not any(codes):
                 time.sleep(_POLL_SECONDS)
             if not any(codes):
@@ -110,10 +139,10 @@ def start(arguments: Sequence[str], ranks: int, error_log: Path, module: str = _
             time.sleep(_SETTLE_SECONDS)
             codes = [process.poll() for process in processes]
             _end(processes)
-            return _explain(codes, meeting, error_log)
+            return _explain(command, codes, meeting, error_log)
     except KeyboardInterrupt:
         _end(processes, _SAVING_SECONDS)
-        print("distopt-dalle: interrupted", file=sys.stderr)
+        command.tell("interrupted")
         return told[0]
     finally:
         _end(processes)
@@ -187,34 +216,34 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], grace: float = _GRACE_SEC
             process.stdin.close()
 
 
-def _explain(codes: Sequence[int | None], meeting: Path, error_log: Path) -> int:
+def _explain(command: Command, codes: Sequence[int | None], meeting: Path, error_log: Path) -> int:
     """Say in one line what went wrong first, and keep its traceback; returns the exit code."""
     for code in codes:
         if code in (INTERRUPTED, TERMINATED):
-            print("distopt-dalle: interrupted", file=sys.stderr)
+            command.tell("interrupted")
             return code
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             # A rank that was killed could not leave word, and the others only report that it is gone.
             hint = " (out of memory?)" if -code == signal.SIGKILL else ""
             name = signal.Signals(-code).name
-            print(f"distopt-dalle: error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+            command.tell(f"error: rank {rank} was killed by {name}{hint}")
             return FAILED
     words = sorted(meeting.glob("rank-*.txt"), key=lambda path: path.stat().st_mtime_ns)
     if not words:
         ended = ", ".join(f"rank {rank} with exit code {code}" for rank, code in enumerate(codes) if code)
-        print(f"distopt-dalle: error: ended early: {ended}", file=sys.stderr)
+        command.tell(f"error: ended early: {ended}")
         return FAILED
     line, _, details = words[0].read_text(encoding="utf-8").partition("\n")
     rank = re.sub(r"\D", "", words[0].stem)
     if not details:
-        print(f"distopt-dalle: error: {line}", file=sys.stderr)
+        command.tell(f"error: {line}")
         return REFUSED
     kept = ""
     with contextlib.suppress(OSError):
         error_log.write_text(details, encoding="utf-8")
         kept = f" (traceback in {error_log})"
-    print(f"distopt-dalle: error: rank {rank} failed: {line}{kept}", file=sys.stderr)
+    command.tell(f"error: rank {rank} failed: {line}{kept}")
     return FAILED
 
 

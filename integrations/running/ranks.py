@@ -15,21 +15,19 @@ import torch.distributed as dist
 
 from distopt.errors import DistoptError
 
-from .checkpoints import Stopped
-from .context import Context
-from .launch import FAILED, INTERRUPTED, MEETING, REFUSED, Place
+from .launch import FAILED, INTERRUPTED, MEETING, REFUSED, Command, Place, Stopped
 
 _PATIENCE = timedelta(minutes=30)
 
 
-def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) -> int:
+def work(command: Command, where: Place, device: str, task: Callable[[torch.device], None]) -> int:
     """Join the other ranks and do ``task`` with them.
 
     Args:
+        command: which.
         where: this process among the ranks.
         device: "cpu" (gloo) or "cuda" (nccl, one device a rank).
-        seed: for the context.
-        task: what to do; every rank does it.
+        task: what to do; every rank does it, on the device that it is given.
 
     Returns:
         0. After any error the process ends here and now, with its exit code: communication that waits for other ranks
@@ -40,14 +38,14 @@ def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) 
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with _process_group(where, device, meeting) as torch_device:
-            task(Context(rank=where.rank, world_size=where.world_size, device=torch_device, seed=seed))
+            task(torch_device)
         return 0
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Stopped as stopped:
         code = 128 + stopped.number
         if where.rank == 0:
-            print(f"distopt-dalle: {stopped}; the same command goes on from there", file=sys.stderr)
+            command.tell(f"{stopped}; the same command goes on from there")
     except Exception as error:
         refused = isinstance(error, DistoptError)
         code = REFUSED if refused else FAILED
@@ -55,7 +53,7 @@ def work(where: Place, device: str, seed: int, task: Callable[[Context], None]) 
             line = str(error) if refused else _one_line(error)
             _leave_word(Path(meeting), where.rank, line, "" if refused else traceback.format_exc())
         elif refused:
-            print(f"distopt-dalle: error: {error}", file=sys.stderr)
+            command.tell(f"error: {error}")
         else:
             traceback.print_exc()
     with contextlib.suppress(OSError):

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 from distopt.errors import DistoptError, SettingError
 
-from .schedules import LENGTH, is_length
-
 MAX_SEED = 2**63 - 1
 _T = TypeVar("_T")
+LENGTH = "a whole number of steps, or a fraction of the run from 0.0 to 1.0"
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a table"}
 
 
@@ -40,8 +39,20 @@ def text(meaning: str) -> Any:
 
 
 def length(meaning: str) -> Any:
-    """A field of a length of a run, as ``schedules`` defines it, or of none."""
+    """A field of a length of a run, or of none: a whole number is steps, any other number a fraction of the run."""
     return dataclasses.field(default=None, metadata={"length": True, "meaning": meaning})
+
+
+def is_length(value: object) -> bool:
+    """Whether ``value`` is a length of a run: steps, or a fraction of them.
+
+    Example:
+        >>> [is_length(value) for value in (5000, 0, 0.05, 1.0, -1, 1.5, True)]
+        [True, True, True, True, False, False, False]
+    """
+    if isinstance(value, bool):
+        return False
+    return value >= 0 if isinstance(value, int) else isinstance(value, float) and 0 <= value <= 1
 
 
 def check(settings: Any, prefix: str = "") -> None:
@@ -73,9 +84,11 @@ def build(kind: type[_T], table: Mapping[str, Any], prefix: str = "") -> _T:
         SettingError: a name is unknown, or a value is of the wrong type or out of range.
 
     Example:
-        >>> from distopt.integrations.dalle.settings import TrainSettings
-        >>> build(TrainSettings, {"stage1": {"steps": 10}}).stage1.steps
-        10
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Stage:
+        ...     steps: int = number(100, 1, 1000, "optimizer steps")
+        >>> build(Stage, {"steps": 10})
+        Stage(steps=10)
     """
     fields = {field.name: (field, allowed) for field, allowed in _fields(kind)}
     values: dict[str, Any] = {}
@@ -184,9 +197,16 @@ def leaves(kind: type, prefix: str = "") -> list[tuple[str, dataclasses.Field[An
     """Every field of settings that is no table: its dotted name, the field, and its type.
 
     Example:
-        >>> from distopt.integrations.dalle.settings import TrainSettings
-        >>> [name for name, *_ in leaves(TrainSettings) if name.startswith("checkpoint")]
-        ['checkpoint.every_steps', 'checkpoint.every_seconds', 'checkpoint.keep', 'checkpoint.exact']
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Stage:
+        ...     steps: int = 100
+        ...     rate: float | None = None
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Settings:
+        ...     seed: int = 0
+        ...     stage1: Stage = Stage()
+        >>> [(name, kind.__name__) for name, _, kind in leaves(Settings)]
+        [('seed', 'int'), ('stage1.steps', 'int'), ('stage1.rate', 'float')]
     """
     found = []
     for field, allowed in _fields(kind):

@@ -1,25 +1,25 @@
 """A flag of the command line for every field of the settings, by the name that it has in a TOML file."""
 
 import argparse
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .fields import check_value, leaves, nested, value_of
 
-_ALSO = {f"stage{i}.steps": f"--steps-{i}" for i in (1, 2, 3)} | {f"steps_{i}": f"--steps-{i}" for i in (1, 2, 3)}
-"""Names that fields have besides their own."""
-_HIDDEN = ("n", "steps_1", "steps_2", "steps_3")
-"""Fields of the demo that have no flag of their own name."""
 
-
-def add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, kind: type, also: Mapping[str, str] | None = None, hidden: Collection[str] = ()
+) -> None:
     """A flag for every field, by the name that it has in a TOML file; `chosen` reads what it is given.
 
     Args:
         parser: gets the flags.
         kind: the settings.
+        also: flags that fields have besides their own, by the field's name.
+        hidden: fields that have no flag of their own name.
     """
     for name, field, _ in leaves(kind):
-        flags = [flag for flag in (_ALSO.get(name), None if name in _HIDDEN else f"--{name}") if flag]
+        flags = [flag for flag in ((also or {}).get(name), None if name in hidden else f"--{name}") if flag]
         if flags:
             default = str(field.default).lower() if isinstance(field.default, bool) else field.default
             told = "" if default is None else f" (default: {default})"
@@ -27,12 +27,13 @@ def add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
             parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
 
 
-def chosen(parsed: argparse.Namespace, kind: type) -> dict[str, Any]:
+def chosen(parsed: argparse.Namespace, kind: type, also: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What was set by flags, in tables; each value is judged by itself, by the name of its flag.
 
     Args:
         parsed: of a parser with the flags of `add_fields`.
         kind: the settings.
+        also: as it was given to `add_fields`.
 
     Raises:
         SettingError: a value is of the wrong type or out of range.
@@ -40,5 +41,5 @@ def chosen(parsed: argparse.Namespace, kind: type) -> dict[str, Any]:
     values = {}
     for name, field, of in leaves(kind):
         if (text := getattr(parsed, name, None)) is not None:
-            values[name] = check_value(_ALSO.get(name, f"--{name}"), value_of(text, of), field, (of,))
+            values[name] = check_value((also or {}).get(name, f"--{name}"), value_of(text, of), field, (of,))
     return nested(values)
