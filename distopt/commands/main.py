@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from distopt.commands import planning
+from distopt.commands import doctor, planning
 from distopt.errors import DistoptError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="distopt", description="Plugins that make a PyTorch trainer cheap to distribute.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     planning.add_to(commands)
+    doctor.add_to(commands)
     try:
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
