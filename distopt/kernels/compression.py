@@ -7,7 +7,7 @@ partial sums from torch's allocator, so it can be captured in a CUDA graph.
 # pyright: reportCallIssue=false, reportArgumentType=false
 # A launch takes options that are no parameters of the kernel, and plain numbers for its constants.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,23 +16,25 @@ from torch import Tensor
 from distopt.kernels import columns as column_kernels
 from distopt.kernels import lowrank
 from distopt.kernels.lowrank_jobs import (
+    FLAGS,
     GATHERED,
     Piece,
     Products,
     Side,
     Table,
     by_column,
+    by_pair,
     grouped,
     place_unit,
     products,
     tiled,
 )
 
-Form = Literal["float32", "bfloat16"]
+Form = Literal["float32", "bfloat16", "float16", "1-6-9"]
 """What residuals are kept in."""
 
-FLAGS = 3
-"""Whether what is averaged is finite: what is sent whole and first factors; last factors; their product."""
+TOPS: Mapping[Form, int] = {"float16": 15, "1-6-9": 3}
+"""Forms with a power of two, after which what is stored is at most 2 to this: half of what they hold."""
 
 PRECISION = "tf32x3"
 
@@ -54,6 +56,19 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 in."""
 
 
+class Residual(NamedTuple):
+    """What was not sent.
+
+    Args:
+        codes: of all matrices, one dimension: float32, bfloat16 or float16, or int16 for 1-6-9.
+        scales: int32, ``(parameters, 2)``: the powers of two of float16 and 1-6-9, as exponents. The second is the
+            present one, the first belongs to the step before. Other forms do not look at it.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
 class Compression:
     """The compression of one bucket.
 
@@ -69,27 +84,32 @@ class Compression:
         self._device = device
         self._groups = [_group(group, device) for group in grouped(pieces)]
         self._columns: dict[Side, Table] = {side: by_column(pieces, side, seeds, device) for side in ("left", "right")}
+        self._pairs, self._scales = by_pair(pieces, device) if form in TOPS else (None, None)
 
     def multiply(
         self,
         side: Side,
         gradient: Tensor,
-        residual: Tensor | None,
+        residual: Residual | None,
         factor: Tensor,
         out: Tensor,
         *,
         writes: bool = False,
+        flags: Tensor | None = None,
     ) -> None:
         """Multiply every M by its factor of the other side.
 
         Args:
             side: which factors are wanted: ``"left"`` gives P = M Q, ``"right"`` gives Q = Mᵀ P.
             gradient: one dimension, float32, bfloat16 or float16.
-            residual: what is added to it, in the form of residuals; ``None`` for nothing.
+            residual: what is added to it; ``None`` for nothing.
             factor: float32, the known factors as a payload.
             out: float32, room for the wanted ones.
             writes: whether the sums take the gradients' place, which is for float32 ones.
+            flags: see `FLAGS`; where they are given, the largest elements of M are noted in them. One product of a step
+                has to.
         """
+        peaks = None if flags is None or self._scales is None else flags[FLAGS:]
         for group in self._groups:
             product, more, keeps = group.products[side], residual, writes
             if writes and residual is not None and product.chunks > 1:  # several programs read what one would write
@@ -99,15 +119,18 @@ class Compression:
             cut = product.cut
             lowrank.multiply[(product.work.programs,)](
                 gradient,
-                gradient if more is None else more,
+                gradient if more is None else more.codes,
                 factor,
                 out,
                 partial,
+                product.work.numbers if more is None else more.scales,
+                product.work.numbers if peaks is None else peaks,
                 product.work.lines,
                 product.work.numbers,
                 TALL_SUM=group.tall == (side == "left"),
                 ADDS=more is not None,
                 WRITES=keeps and more is not None,
+                PEAKS=peaks is not None,
                 FORM=self.form,
                 UNIT=group.unit,
                 PLACE=group.place,
@@ -124,7 +147,8 @@ class Compression:
 
     def flags(self) -> Tensor:
         """Flags that are down."""
-        return torch.zeros(FLAGS, dtype=torch.int32, device=self._device)
+        parameters = 0 if self._scales is None else self._scales.programs
+        return torch.zeros(FLAGS + parameters, dtype=torch.int32, device=self._device)
 
     def inspect(self, numbers: Tensor, flags: Tensor, which: int) -> None:
         """Raise a flag to the largest magnitude in ``numbers``, float32 of one dimension, as bits."""
@@ -164,29 +188,31 @@ class Compression:
             )
 
     def settle(
-        self, gradient: Tensor, residual: Tensor, factors: Factors, flags: Tensor, step: int, *, adds: bool
+        self, gradient: Tensor, residual: Residual, factors: Factors, flags: Tensor, step: int, *, adds: bool
     ) -> None:
         """Give each gradient P Qᵀ, and each residual what this rank has not sent; nothing of the kind if a flag is up.
 
         Args:
             gradient: holds M, or what M is together with the residual if ``adds``.
-            residual: in the form of residuals.
+            residual: changed in place.
             factors: as averaged and as put in; one side, at least, is the same tensor in both.
             flags: see `FLAGS`. If one is up, the gradient becomes NaN and the residual stays as it is.
             step: for the draws, from 0.
             adds: whether the residual is still to be added.
         """
         left, right, own_left, own_right = factors
+        self._rescale(residual.scales, factors, flags)
         for group in self._groups:
             rows, columns, rank = group.tile
             lowrank.settle[(group.tiles.programs,)](
                 gradient,
-                residual,
+                residual.codes,
                 left,
                 right,
                 own_left,
                 own_right,
                 flags,
+                residual.scales,
                 group.tiles.lines,
                 group.tiles.numbers,
                 step,
@@ -224,11 +250,33 @@ class Compression:
         )
         return following
 
-    def _add(self, group: _Group, gradient: Tensor, residual: Tensor) -> None:
+    def _rescale(self, scales: Tensor, factors: Factors, flags: Tensor) -> None:
+        """Choose the powers of two that new residuals get, where the form has any; no host looks at them."""
+        if self._pairs is None or self._scales is None:
+            return
+        left, right, own_left, own_right = factors
+        bounds = torch.empty(self._pairs.programs, dtype=torch.float32, device=self._device)
+        same = {"SAME_LEFT": left is own_left, "SAME_RIGHT": right is own_right}
+        column_kernels.bound[(self._pairs.programs,)](
+            left, right, own_left, own_right, bounds, self._pairs.lines, **same, BLOCK=1024
+        )
+        column_kernels.rescale[(self._scales.programs,)](
+            bounds, flags, flags[FLAGS:], scales, self._scales.lines, TOP=TOPS[self.form], BLOCK=32
+        )
+
+    def _add(self, group: _Group, gradient: Tensor, residual: Residual) -> None:
         rows, columns, _ = group.tile
         tiles = group.tiles
         lowrank.add[(tiles.programs,)](
-            gradient, residual, tiles.lines, tiles.numbers, FORM=self.form, UNIT=group.unit, ROWS=rows, COLUMNS=columns
+            gradient,
+            residual.codes,
+            residual.scales,
+            tiles.lines,
+            tiles.numbers,
+            FORM=self.form,
+            UNIT=group.unit,
+            ROWS=rows,
+            COLUMNS=columns,
         )
 
 

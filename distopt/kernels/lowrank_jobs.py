@@ -2,8 +2,9 @@
 
 A line of a table for `multiply`, in integers of 64 bits: the places of gradient and residual, rows, columns, rank, the
 places of the known factor and of the wanted one, where partial results lie, the matrix's first program, its tiles
-along the kept side, chunks of the rank, the length of a strip, and how many strips there are. Of one for `settle`: the
-first five, the places of Pᵀ and Qᵀ, the first program, and the seed of the draws.
+along the kept side, chunks of the rank, the length of a strip, how many strips there are, and the number of its
+residual's power of two. Of one for `settle`: the first five, the places of Pᵀ and Qᵀ, the first program, the seed of
+the draws, and the same number.
 """
 
 import math
@@ -32,6 +33,11 @@ GATHERED = 1024
 """Elements that a program of `gather` sums."""
 
 
+FLAGS = 3
+"""Whether what is averaged is finite: what is sent whole and first factors; last factors; their product. Beyond them
+lie the bits of the largest magnitude in each parameter's M, for forms that need it."""
+
+
 class Piece(NamedTuple):
     """A matrix: where it lies, and its factors, in elements.
 
@@ -44,6 +50,7 @@ class Piece(NamedTuple):
         left: before Pᵀ, ``(rank, min(rows, columns))``, in a payload.
         right: before Qᵀ, ``(rank, max(rows, columns))``.
         seed: of its residual's rounding.
+        scale: the number of its residual's power of two. Matrices that share one follow each other, and have one rank.
     """
 
     gradient: int
@@ -54,6 +61,7 @@ class Piece(NamedTuple):
     left: int
     right: int
     seed: int = 0
+    scale: int = 0
 
     @property
     def tall(self) -> bool:
@@ -159,6 +167,7 @@ def products(pieces: Sequence[Piece], side: Side, device: torch.device) -> Produ
                 parts,
                 strip // unit,
                 strips,
+                piece.scale,
             ]
         )
         counts.append(tiles * parts * strips)
@@ -188,7 +197,7 @@ def tiled(pieces: Sequence[Piece], rows: int, columns: int, device: torch.device
     for piece in pieces:
         places = [piece.gradient // unit, piece.residual // unit, piece.rows // unit, piece.columns // unit]
         factors = [piece.left // place, piece.right // place]
-        lines.append([*places, piece.rank, *factors, sum(counts), piece.seed])
+        lines.append([*places, piece.rank, *factors, sum(counts), piece.seed, piece.scale])
         counts.append(-(-piece.rows // rows) * -(-piece.columns // columns))
     return _table(lines, counts, device)
 
@@ -212,6 +221,24 @@ def by_column(pieces: Sequence[Piece], side: Side, seeds: Sequence[int], device:
         for column in range(piece.rank):
             lines.append([place(piece) + column * length(piece), length(piece), first, piece.rank, seed])
     return _table(lines, [1] * len(lines), device)
+
+
+def by_pair(pieces: Sequence[Piece], device: torch.device) -> tuple[Table, Table]:
+    """A line for each column of P and the one of Q that belongs to it; and one for each power of two.
+
+    Args:
+        pieces: all of a payload.
+        device: where the tables go.
+    """
+    pairs: list[list[int]] = []
+    scales: list[list[int]] = []
+    for piece in pieces:
+        short, long = sorted((piece.rows, piece.columns))
+        if piece.scale == len(scales):
+            scales.append([len(pairs), piece.rank, 0])
+        scales[piece.scale][2] += 1
+        pairs += [[piece.left + i * short, short, piece.right + i * long, long] for i in range(piece.rank)]
+    return _table(pairs, [1] * len(pairs), device), _table(scales, [1] * len(scales), device)
 
 
 def _table(lines: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> Table:
