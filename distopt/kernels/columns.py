@@ -25,7 +25,7 @@ def inspect(numbers, count, flag, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["step"])
-def revive(units, alive, before, following, lines, step, BLOCK: tl.constexpr):
+def revive(units, alive, before, following, lines, step, COUNTED: tl.constexpr, BLOCK: tl.constexpr):
     """A column for the next step: as it is if it lives, else drawn; all as before if none of the matrix lives.
 
     Args:
@@ -35,8 +35,11 @@ def revive(units, alive, before, following, lines, step, BLOCK: tl.constexpr):
         following: for the result.
         lines: a line a column: where it lies, its length, the first column of its matrix, how many these are, a seed.
         step: for the draws.
+        COUNTED: the step is a place in memory.
         BLOCK: elements that are taken at a time.
     """
+    if COUNTED:
+        step = tl.load(step)
     column = tl.program_id(0)
     line = lines + column * LINE
     place = tl.load(line)

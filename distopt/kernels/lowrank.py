@@ -181,6 +181,7 @@ def settle(
     ADDS: tl.constexpr,
     SAME_LEFT: tl.constexpr,
     SAME_RIGHT: tl.constexpr,
+    COUNTED: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     PLACE: tl.constexpr,
@@ -195,8 +196,8 @@ def settle(
     ``gradient`` holds M, or what M is together with ``residual``, in ``FORM``, if ``ADDS``. ``left`` and ``right`` are
     Pᵀ and Qᵀ as averaged, the others as this rank put them in: the same ones if ``SAME_LEFT`` or ``SAME_RIGHT``. If
     one of three ``flags`` is `INFINITE` or beyond, the gradient becomes NaN and the residual stays. ``step`` is for the
-    draws. ``TALL``: Q, the larger factor, is on the side of the rows. ``EARLY``: M is read before the products are
-    formed. ``RANK`` columns of the factors are taken at a time. The rest is as in `multiply`.
+    draws, a place in memory if ``COUNTED``. ``TALL``: Q, the larger factor, is on the side of the rows. ``EARLY``: M is
+    read before the products are formed. ``RANK`` columns of the factors are taken at a time. The rest: see `multiply`.
     """
     line, where, inside = _tile(lines, numbers, UNIT, ROWS, COLUMNS)
     gradient += tl.load(line) * UNIT
@@ -237,6 +238,8 @@ def settle(
             local = tl.program_id(0) - tl.load(line + 7).to(tl.int32)
             columns = (tl.load(line + 3) * UNIT).to(tl.int32)
             across = tl.cdiv(columns, COLUMNS)
+            if COUNTED:
+                step = tl.load(step)
             row = (local // across) * ROWS + tl.arange(0, ROWS)
             eight = (local % across) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
             low = row[:, None] * tl.cdiv(columns, 8) + eight[None, :]

@@ -115,6 +115,18 @@ class Products(NamedTuple):
     chunks: int
 
 
+class Group(NamedTuple):
+    """Matrices of one launch, and how they are cut."""
+
+    tall: bool
+    unit: int
+    place: int
+    products: dict[Side, Products]
+    tile: tuple[int, int, int]  # rows, columns, columns of the factors that are taken at a time
+    warps: int
+    tiles: Table
+
+
 def grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Matrices that go into one launch: of one orientation, and equally aligned."""
     groups: dict[tuple[bool, int], list[Piece]] = {}
@@ -239,6 +251,24 @@ def by_pair(pieces: Sequence[Piece], device: torch.device) -> tuple[Table, Table
         scales[piece.scale][2] += 1
         pairs += [[piece.left + i * short, short, piece.right + i * long, long] for i in range(piece.rank)]
     return _table(pairs, [1] * len(pairs), device), _table(scales, [1] * len(scales), device)
+
+
+def group_of(pieces: Sequence[Piece], device: torch.device) -> Group:
+    """Cut matrices that `grouped` put together."""
+    tile, warps = _tile(max(piece.rank for piece in pieces), pieces[0].unit)
+    tables: dict[Side, Products] = {side: products(pieces, side, device) for side in ("left", "right")}
+    table = tiled(pieces, *tile[:2], device)
+    return Group(pieces[0].tall, pieces[0].unit, place_unit(pieces), tables, tile, warps, table)
+
+
+def _tile(rank: int, unit: int) -> tuple[tuple[int, int, int], int]:
+    """Rows and columns that a program of `settle` works on, the columns of factors at a time, and its warps.
+
+    Two products are held in registers beside M, so there is not much choice.
+    """
+    if unit == 1:
+        return (64, 32, 16), 4
+    return ((64, 64, 16), 4) if rank <= 64 else ((64, 128, 16), 8)
 
 
 def _table(lines: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> Table:

@@ -223,6 +223,21 @@ def test_nothing_saturates(form, shapes, rank, size, growth, same, seed):
         assert bool(((kept - limit).abs() <= SPACING[form] * limit.abs() + arithmetic + 2.0**-133).all())
 
 
+@pytest.mark.parametrize("form", TOPS)
+@pytest.mark.parametrize("value", [0.0, 2.0**-149, 2.0**-126, torch.finfo(torch.float32).max])
+def test_the_ends_of_the_range(form, value):
+    """Nothing is rounded up to infinity, which no later step would recover from."""
+    bucket = Bucket([(64, 64)], 1, form=form)
+    bucket.gradient.fill_(value).view(64, 64)[::2].neg_()
+    bucket.keep(torch.zeros_like(bucket.gradient))
+    for factor in (bucket.left, bucket.right):
+        factor.zero_()
+    m = bucket.settle((bucket.left, bucket.right, bucket.left, bucket.right))
+    kept = bucket.kept().double()
+    assert bool(((kept - m).abs() <= SPACING[form] * m.abs() + 2.0**-133).all())
+    assert not bool(kept.any()) or value > 0
+
+
 def test_rounding_of_residuals_has_no_bias():
     """In the mean of many steps; and a step's draws are the same wherever the matrix lies."""
     bucket, kept = Bucket([(64, 64)], 1, form="bfloat16"), []

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import distopt
 from distopt import PowerSGD
@@ -285,29 +284,6 @@ def test_a_saved_state_is_the_same_to_both_editions_at_any_world_size():
             assert torch.equal(again["hook"]["residuals"][name], nearest)
             assert world == 1 or torch.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-5)
         assert not (world == 2 and is_fused) or same(found, wanted)
-
-
-class Unasked(TorchDispatchMode):
-    """Refuses operations for whose outcome the host would wait."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-        return func(*args, **(kwargs or {}))
-
-
-@either_way
-def test_nothing_is_asked_of_the_device(editions, passes, residual_dtype, monkeypatch):
-    run, launched = editions(powersgd(passes=passes, residual_dtype=residual_dtype)), []
-    for step in range(2):
-        run.step(fed(step))
-    kernels = run.plan._fused._known[2]
-    for name in ("multiply", "inspect", "exceed", "settle", "revive"):  # the interpreter copies tensors, and asks
-        monkeypatch.setattr(kernels, name, lambda *args, n=name, **kwargs: launched.append(n) or args[-3])
-    monkeypatch.setattr(kernels, "revive", lambda side, units, *rest: units)
-    with Unasked():
-        _, proposal = run.propose(fed(2))
-        proposal.commit()
-    assert set(launched) == {"multiply", "inspect", "exceed", "settle"}
 
 
 def test_what_it_does_not_know_goes_the_plain_way(monkeypatch):
