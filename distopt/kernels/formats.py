@@ -89,7 +89,7 @@ def encode_nearest(values, inverse, FORM: tl.constexpr):
 def encode_stochastic(values, inverse, draws, FORM: tl.constexpr):
     """Round to one of the two neighbours, so that the mean is the value.
 
-    That is exact for normal results, and to 2**-15 of the smallest subnormal beneath them. A value that the format has
+    That is exact for normal results, and to 2**-14 of the smallest subnormal beneath them. A value that the format has
     is kept, whatever the draw. What is too large, or not finite, becomes what `encode_nearest` makes of it.
 
     Args:

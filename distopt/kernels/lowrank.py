@@ -88,12 +88,9 @@ def multiply(
         peak = tl.zeros((SUMMED if TALL_SUM else KEPT,), tl.float32)
     for start in range(begin, end, SUMMED):
         summed = start + tl.arange(0, SUMMED)
-        if TALL_SUM:
-            where = summed[:, None] * columns + kept[None, :]
-            inside = (summed < end)[:, None] & (kept < columns)[None, :]
-        else:
-            where = kept[:, None] * columns + summed[None, :]
-            inside = (kept < rows)[:, None] & (summed < end)[None, :]
+        down, most, along, limit = (summed, end, kept, columns) if TALL_SUM else (kept, rows, summed, end)
+        where = down[:, None] * columns + along[None, :]
+        inside = (down < most)[:, None] & (along < limit)[None, :]
         block = tl.load(gradient + where, inside, 0.0).to(tl.float32)
         if ADDS:
             block += decode(tl.load(residual + where, inside, 0), scale, FORM)
@@ -231,23 +228,35 @@ def settle(
         given = average.to(gradient.dtype.element_ty)
         left_over = (matrix - own) + (average - given.to(tl.float32))
         tl.store(gradient + where, given, inside)
-        if FORM == "float32":
-            tl.store(residual + where, left_over, inside)
-        else:
-            # Counted from the matrix's beginning, in eights along rows of whole eights: nothing of the bucket matters.
-            local = tl.program_id(0) - tl.load(line + 7).to(tl.int32)
-            columns = (tl.load(line + 3) * UNIT).to(tl.int32)
-            across = tl.cdiv(columns, COLUMNS)
-            if COUNTED:
-                step = tl.load(step)
-            row = (local // across) * ROWS + tl.arange(0, ROWS)
-            eight = (local % across) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-            low = row[:, None] * tl.cdiv(columns, 8) + eight[None, :]
-            draws = draws_of(tl.load(line + 8), low * 0 + step, low)
-            if FORM != "bfloat16":
-                left_over = tl.clamp(left_over, -LARGEST, LARGEST)
-            inverse = power_at(scales, line + 9, 1, -1, FORM)
-            tl.store(residual + where, encode_stochastic(left_over, inverse, draws, FORM), inside)
+        if COUNTED:
+            step = tl.load(step)
+        if FORM != "float32":
+            left_over = _rounded(left_over, line, scales, step, FORM, UNIT, ROWS, COLUMNS)
+        tl.store(residual + where, left_over, inside)
+
+
+@triton.jit
+def _rounded(
+    values,
+    line,
+    scales,
+    step,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The codes of a tile. Draws are counted from the matrix's beginning, in eights along rows of whole eights."""
+    local = tl.program_id(0) - tl.load(line + 7).to(tl.int32)
+    columns = (tl.load(line + 3) * UNIT).to(tl.int32)
+    across = tl.cdiv(columns, COLUMNS)
+    row = (local // across) * ROWS + tl.arange(0, ROWS)
+    eight = (local % across) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    low = row[:, None] * tl.cdiv(columns, 8) + eight[None, :]
+    draws = draws_of(tl.load(line + 8), low * 0 + step, low)
+    if FORM != "bfloat16":
+        values = tl.clamp(values, -LARGEST, LARGEST)
+    return encode_stochastic(values, power_at(scales, line + 9, 1, -1, FORM), draws, FORM)
 
 
 @triton.jit(do_not_specialize=["count"])

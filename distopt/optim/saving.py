@@ -100,7 +100,7 @@ def taken_over(saved: Mapping[str, Any], parameter: Tensor, moments: str, *, cou
         The state, which shares no memory with the saved one.
     """
     state = new_state(parameter, moments, counted=counted)
-    state["step"].copy_(torch.as_tensor(saved["step"], dtype=torch.float32).detach())
+    state["step"].copy_(torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu").detach())
     values = {name: cast(Shielded, saved[name]).tensor for name in MOMENTS}
     if is_reduced(state):
         for moment, numbers in zip(stored(state), values.values(), strict=True):

@@ -184,9 +184,13 @@ def test_a_copy_of_the_state_is_worked_on_apart(editions, residual_dtype):
     run.step(fed(0))
     original, before = run.state, bits(run.state)
     copies = {name: clone(residual) for name, residual in original.residuals.items()}
-    run.state = State(original.step, copies, dict(original.factors))
+    apart = run.state = State(original.step, copies, dict(original.factors))
     run.step(fed(1))
     assert all(torch.equal(tensor, before[key]) for key, tensor in bits(original).items())
+    apart = State(1, {name: clone(residual) for name, residual in apart.residuals.items()}, dict(apart.factors))
+    before = bits(apart)
+    run.step(fed(2) * 2.0**20)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in bits(apart).items())
 
 
 @either_way
