@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.gpu.clock import Clock, Times, relative
-from bench.gpu.ways import MODELS, OURS, PLAIN, WAYS, kernels, missing, step_of
+from bench.gpu.ways import HALF, MODELS, OURS, PACKED, PLAIN, WAYS, kernels, missing, step_of
 from distopt.numerics.orthogonal import orthonormal_rows
 from distopt.optim import AdamW
 from distopt.scaling.boundary import enter, leave
@@ -105,7 +105,7 @@ def compression(plan: Plan, clock: Clock, ways: Sequence[str] = WAYS) -> Iterato
                         found, sent = _compressed(shapes, fed, way, rank, clock)
                         if way == OURS:
                             wanted = sent
-                        elif way == PLAIN and wanted is not None:
+                        elif way in (PACKED, HALF, PLAIN) and wanted is not None:
                             found["difference"] = relative(wanted, sent)
                         del sent
                     except (RuntimeError, AssertionError, ValueError) as error:
@@ -198,6 +198,9 @@ def optimizer(plan: Plan, clock: Clock) -> Iterator[Record]:
         "distopt float32": lambda named: AdamW(named, **settings),
         "distopt bfloat16": lambda named: AdamW(named, moments="bfloat16", **settings),
         "distopt packed16": lambda named: AdamW(named, moments="packed16", max_variance=5, **settings),
+        "distopt packed16, capturable": lambda named: AdamW(
+            named, moments="packed16", max_variance=5, capturable=True, **settings
+        ),
         "distopt packed16, kernels off": lambda named: AdamW(named, moments="packed16", max_variance=5, **settings),
     }
     wanted: Tensor | None = None

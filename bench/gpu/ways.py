@@ -23,8 +23,10 @@ from distopt.kernels import choice
 
 Step = Callable[[], None]
 
-OURS, PLAIN, TORCH, BATCHED, EPFML, DION = (
+OURS, PACKED, HALF, PLAIN, TORCH, BATCHED, EPFML, DION = (
     "distopt",
+    "distopt, residual in 1-6-9",
+    "distopt, residual in float16",
     "distopt, kernels off",
     "torch",
     "torch batched",
@@ -93,6 +95,8 @@ def step_of(way: str, shapes: Shapes, bucket: Tensor, rank: int) -> Step:
     options: dict[str, Any] = {} if bucket.dtype == torch.float32 else {"residual_dtype": bucket.dtype}
     makers: dict[str, Callable[[], Step]] = {
         OURS: lambda: ours(shapes, bucket, rank, **options),
+        PACKED: lambda: ours(shapes, bucket, rank, residual_dtype="1-6-9"),
+        HALF: lambda: ours(shapes, bucket, rank, residual_dtype=torch.float16),
         PLAIN: lambda: ours(shapes, bucket, rank, **options),
         TORCH: lambda: torchs(shapes, bucket, rank),
         BATCHED: lambda: torchs(shapes, bucket, rank, batched=True),
@@ -110,5 +114,5 @@ def step_of(way: str, shapes: Shapes, bucket: Tensor, rank: int) -> Step:
     return step
 
 
-WAYS = (OURS, PLAIN, DION, EPFML, BATCHED, TORCH)
+WAYS = (OURS, PACKED, HALF, PLAIN, DION, EPFML, BATCHED, TORCH)
 """In the order in which they are tried: the slowest last."""

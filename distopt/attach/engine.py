@@ -15,7 +15,7 @@ from distopt.attach.units import changes, is_scaled, scale_of
 from distopt.comm.agreement import Step, StepCheck, agree, describe, drift, without_addresses
 from distopt.comm.communicator import Communicator
 from distopt.errors import SettingError
-from distopt.numerics.storage import Packed, Stored
+from distopt.numerics.storage import tensors_of
 from distopt.reducers.allreduce import AllReducePlan
 from distopt.reducers.memory import times
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Reducer, Slot, State
@@ -182,7 +182,7 @@ class Engine:
         communicator = self.communicator
         tensors = {name: slot.parameter.detach() for name, slot in self.slots.items()}
         if not self.divided:
-            tensors |= {f"the factor of {name}": _bits(factor) for name, factor in self.state.factors.items()}
+            tensors |= {f"the factor of {name}": tensors_of(factor)[0] for name, factor in self.state.factors.items()}
         communicator.guard("the comparison of replicas", drift, communicator.group, tensors)
 
     def prepare(self, state: State) -> None:
@@ -226,7 +226,8 @@ class Engine:
         self.communicator.step = self.tally.steps
         if self.adopted is not self.state:
             self.adopted = self.state
-            keep(map(_bits, [*self.state.residuals.values(), *self.state.factors.values()]))
+            kept = [*self.state.residuals.values(), *self.state.factors.values()]
+            keep(tensor for stored in kept for tensor in tensors_of(stored))
         loss_scale = self.follow_scales()
         if self._watch.agreement or joining:
             step = Step(self.tally.steps, names, forwards, loss_scale)
@@ -342,7 +343,3 @@ class Engine:
                     f"{self._watch.residual_bound:g}: compress it less, or send it whole",
                     stacklevel=2,
                 )
-
-
-def _bits(stored: Stored) -> Tensor:
-    return stored.codes if isinstance(stored, Packed) else stored

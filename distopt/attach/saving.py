@@ -70,7 +70,7 @@ def own_residuals(engine: Engine) -> dict[str, dict[str, Any]]:
     """Each residual of this rank as it is kept, with its unit, in tensors and plain values; no copies."""
     engine.prepare(engine.state)
     return {
-        name: {"unit": engine.unit(name), **(kept._asdict() if isinstance(kept, Packed) else {"values": kept})}
+        name: {"unit": engine.unit(name), **(_fields(kept) if isinstance(kept, Packed) else {"values": kept})}
         for name, kept in engine.state.residuals.items()
     }
 
@@ -241,6 +241,11 @@ def _kept_like(example: Stored, value: Tensor) -> Stored:
     device = (example.codes if isinstance(example, Packed) else example).device
     wide = torch.float64 if isinstance(example, Tensor) and example.dtype == torch.float64 else torch.float32
     return pack(value.detach().to(device, wide, copy=True).contiguous(), storage_of(example))
+
+
+def _fields(packed: Packed) -> dict[str, Any]:
+    """What is to be saved: no matter which edition kept it."""
+    return packed._replace(exponent=int(packed.exponent))._asdict()
 
 
 def _bits(stored: Stored) -> Tensor:

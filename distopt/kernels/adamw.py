@@ -2,7 +2,8 @@
 
 A program takes one block of a parameter: 4096 numbers, which share a scale in the packed formats and fit into a
 multiprocessor's registers, so that the block's largest number is known before anything is written. Where the tensors
-are stands in a table on the device, which is written anew only when one has moved.
+are stands in a table on the device, which is written anew only when one has moved. In a CUDA graph the table is the
+graph's own, and what depends on the number of the step is computed on the device.
 
 Source: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; formats: Ramesh et al. 2021 (arXiv:2102.12092).
 """
@@ -10,7 +11,7 @@ Source: Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; formats: Ram
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # In Triton's language a variable is a block of numbers, and a parameter may be a constant: no annotation says so.
 # pyright: reportReturnType=false, reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
-# pyright: reportInvalidTypeForm=false
+# pyright: reportInvalidTypeForm=false, reportPrivateImportUsage=false
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distopt.errors import DistoptError
 from distopt.kernels.formats import cut, decode, draws_of, encode_stochastic, shrunk
 
 BLOCK = 4096
@@ -49,14 +51,22 @@ class Member(NamedTuple):
 class Factors(NamedTuple):
     """The numbers of a step that all its parameters have in common."""
 
+    count: int  # of steps, this one included: with seed and number it decides the rounding
     decay: float  # 1 - lr * weight_decay
+    eps: float  # times the root of the variance's bias correction
+    factor: float  # -lr, times that root, over the mean's bias correction
     beta1: float
     rest1: float  # 1 - beta1, which float32 would not give exactly enough
     beta2: float
     rest2: float
-    eps: float  # times the root of the variance's bias correction
-    factor: float  # -lr, times that root, over the mean's bias correction
     max_variance: float  # infinity for none
+
+
+class Counted(NamedTuple):
+    """What takes the place of the first four of `Factors` where the steps are counted on the device."""
+
+    numbers: Tensor  # float32, (members, 4): the same four
+    held: Tensor | None  # one float32; nothing happens unless it is 0
 
 
 class Table:
@@ -71,6 +81,7 @@ class Table:
         self._owners = (torch.empty(0), torch.empty(0))
         self._rows: list[list[int]] = []
         self._table = torch.empty(0)
+        self._captured: list[tuple[Tensor, Tensor]] = []
         self.copies = 0
         """How often something was copied to the device."""
 
@@ -78,6 +89,11 @@ class Table:
         """Give the table, int64 with a row a member, and whose every full block is, and every last one, int32."""
         device = members[0].parameter.device
         lengths = [each.parameter.numel() for each in members]
+        captures = _captures()
+        if captures and lengths != self._lengths:
+            raise DistoptError(
+                "AdamW cannot begin within a CUDA graph: take a step with the same parameters before it is captured"
+            )
         if lengths != self._lengths or self._owners[0].device != device:
             numbers = torch.arange(len(members), dtype=torch.int32)
             counts = torch.tensor(lengths)
@@ -89,6 +105,12 @@ class Table:
         for each, length in zip(members, lengths, strict=True):
             rows.append([*(tensor.data_ptr() for tensor in each[:6]), length, first, each.number])
             first += length // BLOCK
+        if captures:
+            # What an address is, is written by the graph itself: no step beside it changes what it will find.
+            self._captured.append(self._owners)
+            table = torch.zeros((len(rows), len(rows[0])), dtype=torch.int64, device=device)
+            torch._foreach_add_(list(table.view(-1).unbind()), [number for row in rows for number in row])
+            return table, *self._owners
         if rows != self._rows:
             self._rows, self._table = rows, self._sent(torch.tensor(rows, dtype=torch.int64), device)
         return self._table, *self._owners
@@ -100,7 +122,14 @@ class Table:
         return values.to(device) if waiting else values.pin_memory().to(device, non_blocking=True)
 
 
-def step(table: Table, members: Sequence[Member], forms: tuple[str, str], factors: Factors, seed: int) -> None:
+def step(
+    table: Table,
+    members: Sequence[Member],
+    forms: tuple[str, str],
+    factors: Factors,
+    seed: int,
+    counted: Counted | None = None,
+) -> None:
     """Update parameters and moments in place. The update uses the moments before they are rounded.
 
     Args:
@@ -108,7 +137,11 @@ def step(table: Table, members: Sequence[Member], forms: tuple[str, str], factor
         members: of one device, one dtype of parameters, of gradients and of moments; none of them empty.
         forms: of mean and variance: ("1-6-9", "0-6-10"), ("bfloat16", "bfloat16") or ("float32", "float32").
         factors: of the step.
-        seed: of the step; 63 bits.
+        seed: of the rounding; 63 bits.
+        counted: where the host does not know how many steps have been taken.
+
+    Raises:
+        DistoptError: a CUDA graph is captured, and there was no step before with as many parameters as large.
     """
     rows, *owners = table.refreshed(members)
     align = 16 if all(tensor.data_ptr() % 16 == 0 for each in members for tensor in each[:4]) else 1
@@ -116,24 +149,35 @@ def step(table: Table, members: Sequence[Member], forms: tuple[str, str], factor
     clipped = factors.max_variance < float("inf")
     # Only without a mask are eight numbers loaded at once, and the registers few: so the last blocks, which are not
     # full, have a launch of their own.
+    numbers, held = (rows, None) if counted is None else counted
     for part, masked in zip(owners, (False, True), strict=True):
         if part.numel():
-            constants = (*dtypes, *forms, align, clipped, masked, BLOCK)
-            _step[(part.numel(),)](rows, part, seed, *factors, *constants, num_warps=_WARPS)
+            known = (counted is not None, held is not None)
+            constants = (*dtypes, *forms, align, clipped, masked, *known, BLOCK)
+            given = (rows, part, numbers, rows if held is None else held)
+            _step[(part.numel(),)](*given, seed, *factors, *constants, num_warps=_WARPS)
 
 
-@triton.jit(do_not_specialize=["seed", "decay", "beta1", "rest1", "beta2", "rest2", "eps", "factor", "max_variance"])
+def _captures() -> bool:
+    """Whether what is launched goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+@triton.jit(do_not_specialize=["seed", *Factors._fields])
 def _step(
     table,
     owners,
+    numbers,
+    held,
     seed: tl.int64,
+    count: tl.int32,
     decay: tl.float32,
+    eps: tl.float32,
+    factor: tl.float32,
     beta1: tl.float32,
     rest1: tl.float32,
     beta2: tl.float32,
     rest2: tl.float32,
-    eps: tl.float32,
-    factor: tl.float32,
     max_variance: tl.float32,
     PARAMETER: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -143,10 +187,21 @@ def _step(
     ALIGN: tl.constexpr,
     CLIPPED: tl.constexpr,
     MASKED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one block."""
-    row = table + tl.load(owners + tl.program_id(0)).to(tl.int64) * 9  # columns
+    if HELD:
+        if tl.load(held) != 0.0:
+            return
+    member = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    row = table + member * 9  # columns
+    if COUNTED:
+        count = tl.load(numbers + member * 4).to(tl.int32)
+        decay = tl.load(numbers + member * 4 + 1)
+        eps = tl.load(numbers + member * 4 + 2)
+        factor = tl.load(numbers + member * 4 + 3)
     length = tl.load(row + 6)
     block = length // BLOCK if MASKED else tl.program_id(0) - tl.load(row + 7)
     number = tl.load(row + 8).to(tl.int32)
@@ -171,9 +226,9 @@ def _step(
     _write(parameters, parameter.to(PARAMETER), inside, MASKED)
 
     low = (block * (BLOCK // 8)).to(tl.int32) + tl.arange(0, BLOCK // 8)
-    codes = _rounded(mean, mean_scale, seed, low, 2 * number, MEAN)
+    codes = _rounded(mean, mean_scale, seed, low, 2 * number, count, MEAN)
     _write(means, codes, inside, MASKED)
-    codes = _rounded(variance, variance_scale, seed, low, 2 * number + 1, VARIANCE)
+    codes = _rounded(variance, variance_scale, seed, low, 2 * number + 1, count, VARIANCE)
     _write(variances, codes, inside, MASKED)
 
 
@@ -211,12 +266,12 @@ def _moment(codes, scale, beta, FORM: tl.constexpr):
 
 
 @triton.jit
-def _rounded(values, scale, seed, low, high, FORM: tl.constexpr):
+def _rounded(values, scale, seed, low, high, count, FORM: tl.constexpr):
     """The codes of a moment; writes the scale."""
     if FORM == "float32":
         codes = values
     elif FORM == "bfloat16":
-        codes = encode_stochastic(values, 1.0, draws_of(seed, low * 0 + high, low), FORM)
+        codes = encode_stochastic(values, 1.0, draws_of(seed, low * 0 + high, low, count), FORM)
     else:
         # As integers, the bits of magnitudes are in the values' order, with NaN above all.
         largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
@@ -226,7 +281,7 @@ def _rounded(values, scale, seed, low, high, FORM: tl.constexpr):
         kept = tl.where(largest >= 189 << 23, 0x7FC00000, (field + 65) << 23)  # NaN for NaN and what is too large
         tl.store(scale, kept.to(tl.float32, bitcast=True))
         values = values * ((189 - field) << 23).to(tl.float32, bitcast=True)
-        draws = draws_of(seed, low * 0 + high, low)
+        draws = draws_of(seed, low * 0 + high, low, count)
         if FORM == "1-6-9":
             codes = cut(values, draws, 9, 6, 1)
         else:

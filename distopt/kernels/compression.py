@@ -7,8 +7,8 @@ partial sums from torch's allocator, so it can be captured in a CUDA graph.
 # pyright: reportCallIssue=false, reportArgumentType=false
 # A launch takes options that are no parameters of the kernel, and plain numbers for its constants.
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,42 +16,43 @@ from torch import Tensor
 from distopt.kernels import columns as column_kernels
 from distopt.kernels import lowrank
 from distopt.kernels.lowrank_jobs import (
+    FLAGS,
     GATHERED,
+    Group,
     Piece,
-    Products,
     Side,
     Table,
     by_column,
+    by_pair,
+    group_of,
     grouped,
-    place_unit,
-    products,
-    tiled,
 )
 
-Form = Literal["float32", "bfloat16"]
+Form = Literal["float32", "bfloat16", "float16", "1-6-9"]
 """What residuals are kept in."""
 
-FLAGS = 3
-"""Whether what is averaged is finite: what is sent whole and first factors; last factors; their product."""
+TOPS: Mapping[Form, int] = {"float16": 15, "1-6-9": 3}
+"""Forms with a power of two, after which what is stored is at most 2 to this: half of what they hold."""
 
 PRECISION = "tf32x3"
-
-
-class _Group(NamedTuple):
-    """Matrices of one launch."""
-
-    tall: bool
-    unit: int
-    place: int
-    products: dict[Side, Products]
-    tile: tuple[int, int, int]  # rows, columns, columns of the factors that are taken at a time
-    warps: int
-    tiles: Table
 
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 """Payloads of transposed factors, float32, one dimension: left and right ones as averaged, and as this rank put them
 in."""
+
+
+class Residual(NamedTuple):
+    """What was not sent.
+
+    Args:
+        codes: of all matrices, one dimension: float32, bfloat16 or float16, or int16 for 1-6-9.
+        scales: int32, ``(parameters, 2)``: the powers of two of float16 and 1-6-9, as exponents. The second is the
+            present one, the first belongs to the step before. Other forms do not look at it.
+    """
+
+    codes: Tensor
+    scales: Tensor
 
 
 class Compression:
@@ -67,29 +68,34 @@ class Compression:
     def __init__(self, pieces: Sequence[Piece], form: Form, seeds: Sequence[int], device: torch.device) -> None:
         self.form = form
         self._device = device
-        self._groups = [_group(group, device) for group in grouped(pieces)]
+        self._groups = [group_of(group, device) for group in grouped(pieces)]
         self._columns: dict[Side, Table] = {side: by_column(pieces, side, seeds, device) for side in ("left", "right")}
+        self._pairs, self._scales = by_pair(pieces, device) if form in TOPS else (None, None)
 
     def multiply(
         self,
         side: Side,
         gradient: Tensor,
-        residual: Tensor | None,
+        residual: Residual | None,
         factor: Tensor,
         out: Tensor,
         *,
         writes: bool = False,
+        flags: Tensor | None = None,
     ) -> None:
         """Multiply every M by its factor of the other side.
 
         Args:
             side: which factors are wanted: ``"left"`` gives P = M Q, ``"right"`` gives Q = Mᵀ P.
             gradient: one dimension, float32, bfloat16 or float16.
-            residual: what is added to it, in the form of residuals; ``None`` for nothing.
+            residual: what is added to it; ``None`` for nothing.
             factor: float32, the known factors as a payload.
             out: float32, room for the wanted ones.
             writes: whether the sums take the gradients' place, which is for float32 ones.
+            flags: see `FLAGS`; where they are given, the largest elements of M are noted in them. One product of a step
+                has to.
         """
+        peaks = None if flags is None or self._scales is None else flags[FLAGS:]
         for group in self._groups:
             product, more, keeps = group.products[side], residual, writes
             if writes and residual is not None and product.chunks > 1:  # several programs read what one would write
@@ -97,17 +103,22 @@ class Compression:
                 more, keeps = None, False
             partial = torch.empty(product.partial, dtype=torch.float32, device=self._device)
             cut = product.cut
-            lowrank.multiply[(product.work.programs,)](
+            self._launch(
+                lowrank.multiply,
+                product.work.programs,
                 gradient,
-                gradient if more is None else more,
+                gradient if more is None else more.codes,
                 factor,
                 out,
                 partial,
+                product.work.numbers if more is None else more.scales,
+                product.work.numbers if peaks is None else peaks,
                 product.work.lines,
                 product.work.numbers,
                 TALL_SUM=group.tall == (side == "left"),
                 ADDS=more is not None,
                 WRITES=keeps and more is not None,
+                PEAKS=peaks is not None,
                 FORM=self.form,
                 UNIT=group.unit,
                 PLACE=group.place,
@@ -120,17 +131,19 @@ class Compression:
             )
             if product.sums is not None:
                 sums = product.sums
-                lowrank.gather[(sums.programs,)](partial, out, sums.lines, sums.numbers, BLOCK=GATHERED)
+                self._launch(lowrank.gather, sums.programs, partial, out, sums.lines, sums.numbers, BLOCK=GATHERED)
 
     def flags(self) -> Tensor:
         """Flags that are down."""
-        return torch.zeros(FLAGS, dtype=torch.int32, device=self._device)
+        parameters = 0 if self._scales is None else self._scales.programs
+        return torch.zeros(FLAGS + parameters, dtype=torch.int32, device=self._device)
 
     def inspect(self, numbers: Tensor, flags: Tensor, which: int) -> None:
         """Raise a flag to the largest magnitude in ``numbers``, float32 of one dimension, as bits."""
         if numbers.numel() > 0:
-            grid = (-(-numbers.numel() // 4096),)
-            column_kernels.inspect[grid](numbers, numbers.numel(), flags[which:], BLOCK=4096)
+            self._launch(
+                column_kernels.inspect, -(-numbers.numel() // 4096), numbers, numbers.numel(), flags[which:], BLOCK=4096
+            )
 
     def exceed(self, gradient: Tensor, left: Tensor, right: Tensor, flags: Tensor, limit: float) -> None:
         """Raise the last flag if a product of averaged factors is beyond the range of the gradient's dtype.
@@ -144,7 +157,9 @@ class Compression:
         """
         for group in self._groups:
             rows, columns, rank = group.tile
-            lowrank.exceed[(min(group.tiles.programs, 1024),)](
+            self._launch(
+                lowrank.exceed,
+                min(group.tiles.programs, 1024),
                 gradient,
                 left,
                 right,
@@ -164,29 +179,33 @@ class Compression:
             )
 
     def settle(
-        self, gradient: Tensor, residual: Tensor, factors: Factors, flags: Tensor, step: int, *, adds: bool
+        self, gradient: Tensor, residual: Residual, factors: Factors, flags: Tensor, step: int | Tensor, *, adds: bool
     ) -> None:
         """Give each gradient P Qᵀ, and each residual what this rank has not sent; nothing of the kind if a flag is up.
 
         Args:
             gradient: holds M, or what M is together with the residual if ``adds``.
-            residual: in the form of residuals.
+            residual: changed in place.
             factors: as averaged and as put in; one side, at least, is the same tensor in both.
             flags: see `FLAGS`. If one is up, the gradient becomes NaN and the residual stays as it is.
-            step: for the draws, from 0.
+            step: for the draws, from 0; in a CUDA graph a tensor of one int32, which is read when it is replayed.
             adds: whether the residual is still to be added.
         """
         left, right, own_left, own_right = factors
+        self._rescale(residual.scales, factors, flags)
         for group in self._groups:
             rows, columns, rank = group.tile
-            lowrank.settle[(group.tiles.programs,)](
+            self._launch(
+                lowrank.settle,
+                group.tiles.programs,
                 gradient,
-                residual,
+                residual.codes,
                 left,
                 right,
                 own_left,
                 own_right,
                 flags,
+                residual.scales,
                 group.tiles.lines,
                 group.tiles.numbers,
                 step,
@@ -194,6 +213,7 @@ class Compression:
                 ADDS=adds,
                 SAME_LEFT=left is own_left,
                 SAME_RIGHT=right is own_right,
+                COUNTED=isinstance(step, Tensor),
                 FORM=self.form,
                 UNIT=group.unit,
                 PLACE=group.place,
@@ -205,7 +225,7 @@ class Compression:
                 num_warps=group.warps,
             )
 
-    def revive(self, side: Side, units: Tensor, alive: Tensor, before: Tensor, step: int) -> Tensor:
+    def revive(self, side: Side, units: Tensor, alive: Tensor, before: Tensor, step: int | Tensor) -> Tensor:
         """Factors for the next step: columns that live as they are, others drawn; those of a zero matrix as before.
 
         Args:
@@ -213,37 +233,75 @@ class Compression:
             units: float32, a payload of transposed factors with columns of length 1.
             alive: bool, one a column, in the payload's order.
             before: what this step started from, laid out likewise.
-            step: for the draws, from 0.
+            step: as in `settle`.
 
         Returns:
             A payload like ``units``.
         """
         following, table = torch.empty_like(units), self._columns[side]
-        column_kernels.revive[(table.programs,)](
-            units, alive.to(torch.int8), before, following, table.lines, step, BLOCK=1024
+        self._launch(
+            column_kernels.revive,
+            table.programs,
+            units,
+            alive.to(torch.int8),
+            before,
+            following,
+            table.lines,
+            step,
+            COUNTED=isinstance(step, Tensor),
+            BLOCK=1024,
         )
         return following
 
-    def _add(self, group: _Group, gradient: Tensor, residual: Tensor) -> None:
-        rows, columns, _ = group.tile
-        tiles = group.tiles
-        lowrank.add[(tiles.programs,)](
-            gradient, residual, tiles.lines, tiles.numbers, FORM=self.form, UNIT=group.unit, ROWS=rows, COLUMNS=columns
+    def _launch(self, kernel: Any, programs: int, *arguments: object, **options: object) -> None:
+        """Launch a kernel on the device where its tables are, whichever is the current one."""
+        with torch.cuda.device_of(self._columns["left"].lines):
+            kernel[(programs,)](*arguments, **options)
+
+    def _rescale(self, scales: Tensor, factors: Factors, flags: Tensor) -> None:
+        """Choose the powers of two that new residuals get, where the form has any; no host looks at them."""
+        if self._pairs is None or self._scales is None:
+            return
+        left, right, own_left, own_right = factors
+        bounds = torch.empty(self._pairs.programs, dtype=torch.float32, device=self._device)
+        same = {"SAME_LEFT": left is own_left, "SAME_RIGHT": right is own_right}
+        self._launch(
+            column_kernels.bound,
+            self._pairs.programs,
+            left,
+            right,
+            own_left,
+            own_right,
+            bounds,
+            self._pairs.lines,
+            **same,
+            BLOCK=1024,
+        )
+        self._launch(
+            column_kernels.rescale,
+            self._scales.programs,
+            bounds,
+            flags,
+            flags[FLAGS:],
+            scales,
+            self._scales.lines,
+            TOP=TOPS[self.form],
+            BLOCK=32,
         )
 
-
-def _group(pieces: Sequence[Piece], device: torch.device) -> _Group:
-    tile, warps = _tile(max(piece.rank for piece in pieces), pieces[0].unit)
-    tables: dict[Side, Products] = {side: products(pieces, side, device) for side in ("left", "right")}
-    table = tiled(pieces, *tile[:2], device)
-    return _Group(pieces[0].tall, pieces[0].unit, place_unit(pieces), tables, tile, warps, table)
-
-
-def _tile(rank: int, unit: int) -> tuple[tuple[int, int, int], int]:
-    """Rows and columns that a program of `settle` works on, the columns of factors at a time, and its warps.
-
-    Two products are held in registers beside M, so there is not much choice.
-    """
-    if unit == 1:
-        return (64, 32, 16), 4
-    return ((64, 64, 16), 4) if rank <= 64 else ((64, 128, 16), 8)
+    def _add(self, group: Group, gradient: Tensor, residual: Residual) -> None:
+        rows, columns, _ = group.tile
+        tiles = group.tiles
+        self._launch(
+            lowrank.add,
+            tiles.programs,
+            gradient,
+            residual.codes,
+            residual.scales,
+            tiles.lines,
+            tiles.numbers,
+            FORM=self.form,
+            UNIT=group.unit,
+            ROWS=rows,
+            COLUMNS=columns,
+        )

@@ -12,7 +12,7 @@ Device functions, to be called from kernels of any shape of block. ``FORM`` name
 ``float32``  float32, nothing is rounded                  0
 ============ ============================================ ==========================
 
-A draw depends on a seed and on two counters alone, not on how the work was cut. Source of the generator: Salmon et al.
+A draw depends on a seed and on its counters alone, not on how the work was cut. Source of the generator: Salmon et al.
 2011, Parallel random numbers: as easy as 1, 2, 3 (Philox 4x32; seven rounds pass all the tests there).
 """
 
@@ -89,7 +89,7 @@ def encode_nearest(values, inverse, FORM: tl.constexpr):
 def encode_stochastic(values, inverse, draws, FORM: tl.constexpr):
     """Round to one of the two neighbours, so that the mean is the value.
 
-    That is exact for normal results, and to 2**-15 of the smallest subnormal beneath them. A value that the format has
+    That is exact for normal results, and to 2**-14 of the smallest subnormal beneath them. A value that the format has
     is kept, whatever the draw. What is too large, or not finite, becomes what `encode_nearest` makes of it.
 
     Args:
@@ -135,19 +135,20 @@ def cut(values, draws, SIGNIFICAND: tl.constexpr, EXPONENT: tl.constexpr, SIGN: 
 
 
 @triton.jit
-def draws_of(seed, high, low):
+def draws_of(seed, high, low, count=0):
     """Draw 16 uniform bits for each of eight neighbours of every counter, along the last dimension.
 
     Args:
         seed: integer.
         high: int32, any shape: the first counter, a row or the number of a tensor.
         low: int32, of the same shape: the second counter, an element's index divided by eight.
+        count: int32: the third counter, a step where the seed is not of one.
 
     Returns:
         int32 from 0 to 65535; the last dimension is eight times longer, in the elements' order.
     """
     zero = low * 0
-    a, b, c, d = tl.philox(seed, low, high, zero, zero, 7)
+    a, b, c, d = tl.philox(seed, low, high, zero + count, zero, 7)
     evens = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return tl.interleave((evens & 0xFFFF).to(tl.int32), (evens >> 16).to(tl.int32))
 

@@ -8,7 +8,6 @@ that a later call can be captured in a CUDA graph.
 # Triton's language has no types, and a launch no signature.
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -63,7 +62,7 @@ def _of_one_rank(stacks: list[Tensor], identity: float) -> list[Tensor]:
     shapes = tuple(
         (len(stack), stack.shape[2], start) for stack, start in zip(stacks, starts, strict=True) if len(stack)
     )
-    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+    with torch.cuda.device_of(first):
         if rank == 1:
             table, count = columns(shapes, first.device)
             _unit[(count,)](source, flat, table, count, identity, B=4096, num_warps=8)

@@ -7,6 +7,9 @@ line. Places and sizes are kept in units of ``UNIT`` elements, so that the compi
 time.
 
 Products are of float32 and as good: tensor cores take each number as a sum of two (``tf32x3``).
+
+Residuals in 1-6-9 and float16 have a power of two a parameter, which lies on the device in a table of two integers
+each: what the codes that are read were divided by, and what new ones are (`distopt.kernels.columns.rescale`).
 """
 
 # pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
@@ -21,6 +24,9 @@ from distopt.kernels.formats import decode, draws_of, encode_stochastic
 INFINITE = tl.constexpr(0x7F800000)
 """The bits of infinity: as integers, those of finite magnitudes are smaller, and those of NaN larger."""
 
+LARGEST = tl.constexpr((2 - 2.0**-9) * 2.0**127)
+"""The largest float32 that is not rounded up to 2**128, which float32 does not hold."""
+
 LINE = tl.constexpr(16)
 """Numbers in a line of a table."""
 
@@ -32,11 +38,14 @@ def multiply(
     factor,
     out,
     partial,
+    scales,
+    peaks,
     lines,
     numbers,
     TALL_SUM: tl.constexpr,
     ADDS: tl.constexpr,
     WRITES: tl.constexpr,
+    PEAKS: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     PLACE: tl.constexpr,
@@ -48,6 +57,7 @@ def multiply(
     """A factor's product with a strip of M, along its rows or, if ``TALL_SUM``, down its columns.
 
     ``residual``, in ``FORM``, is added to ``gradient`` if ``ADDS``; the sum takes the gradient's place if ``WRITES``.
+    If ``PEAKS``, those of ``peaks`` are raised to the bits of the largest magnitude in M.
     Of ``factor`` there is one ``(rank, summed)`` a matrix, of ``out`` one ``(rank, kept)``: for strips that are as long
     as the matrix. Others go to ``partial``, ``(strips, rank, kept)`` a matrix. ``numbers`` tells which of the ``lines``
     is a program's. Places and sizes of matrices are counted in ``UNIT`` elements, places of factors in ``PLACE``. A
@@ -72,17 +82,20 @@ def multiply(
     residual += stored
     factor += from_place
     total = tl.zeros((KEPT, RANK), tl.float32)
+    if ADDS:
+        scale = power_at(scales, line + 13, 1, 1, FORM)
+    if PEAKS:
+        peak = tl.zeros((SUMMED if TALL_SUM else KEPT,), tl.float32)
     for start in range(begin, end, SUMMED):
         summed = start + tl.arange(0, SUMMED)
-        if TALL_SUM:
-            where = summed[:, None] * columns + kept[None, :]
-            inside = (summed < end)[:, None] & (kept < columns)[None, :]
-        else:
-            where = kept[:, None] * columns + summed[None, :]
-            inside = (kept < rows)[:, None] & (summed < end)[None, :]
+        down, most, along, limit = (summed, end, kept, columns) if TALL_SUM else (kept, rows, summed, end)
+        where = down[:, None] * columns + along[None, :]
+        inside = (down < most)[:, None] & (along < limit)[None, :]
         block = tl.load(gradient + where, inside, 0.0).to(tl.float32)
         if ADDS:
-            block += decode(tl.load(residual + where, inside, 0.0), 1.0, FORM)
+            block += decode(tl.load(residual + where, inside, 0), scale, FORM)
+        if PEAKS:
+            peak = tl.maximum(peak, tl.max(tl.abs(block), 1))
         if WRITES:
             tl.store(gradient + where, block, inside)
         known = (r < rank)[:, None] & (summed < end)[None, :]
@@ -95,6 +108,9 @@ def multiply(
         target = partial + aside + number.to(tl.int64) * (rank * width)
     wanted = (r < rank)[:, None] & (kept < width)[None, :]
     tl.store(target + r[:, None] * width + kept[None, :], tl.trans(total), wanted)
+    if PEAKS:
+        largest = tl.max(peak, 0).to(tl.int32, bitcast=True)
+        tl.atomic_max(peaks + tl.load(line + 13), largest, sem="relaxed")
 
 
 @triton.jit
@@ -128,6 +144,7 @@ def gather(partial, out, lines, numbers, BLOCK: tl.constexpr):
 def add(
     gradient,
     residual,
+    scales,
     lines,
     numbers,
     FORM: tl.constexpr,
@@ -139,7 +156,8 @@ def add(
     line, where, inside = _tile(lines, numbers, UNIT, ROWS, COLUMNS)
     gradient += tl.load(line) * UNIT
     residual += tl.load(line + 1) * UNIT
-    total = tl.load(gradient + where, inside, 0.0) + decode(tl.load(residual + where, inside, 0.0), 1.0, FORM)
+    scale = power_at(scales, line + 9, 1, 1, FORM)
+    total = tl.load(gradient + where, inside, 0.0) + decode(tl.load(residual + where, inside, 0), scale, FORM)
     tl.store(gradient + where, total, inside)
 
 
@@ -152,6 +170,7 @@ def settle(
     own_left,
     own_right,
     flags,
+    scales,
     lines,
     numbers,
     step,
@@ -159,6 +178,7 @@ def settle(
     ADDS: tl.constexpr,
     SAME_LEFT: tl.constexpr,
     SAME_RIGHT: tl.constexpr,
+    COUNTED: tl.constexpr,
     FORM: tl.constexpr,
     UNIT: tl.constexpr,
     PLACE: tl.constexpr,
@@ -173,8 +193,8 @@ def settle(
     ``gradient`` holds M, or what M is together with ``residual``, in ``FORM``, if ``ADDS``. ``left`` and ``right`` are
     Pᵀ and Qᵀ as averaged, the others as this rank put them in: the same ones if ``SAME_LEFT`` or ``SAME_RIGHT``. If
     one of three ``flags`` is `INFINITE` or beyond, the gradient becomes NaN and the residual stays. ``step`` is for the
-    draws. ``TALL``: Q, the larger factor, is on the side of the rows. ``EARLY``: M is read before the products are
-    formed. ``RANK`` columns of the factors are taken at a time. The rest is as in `multiply`.
+    draws, a place in memory if ``COUNTED``. ``TALL``: Q, the larger factor, is on the side of the rows. ``EARLY``: M is
+    read before the products are formed. ``RANK`` columns of the factors are taken at a time. The rest: see `multiply`.
     """
     line, where, inside = _tile(lines, numbers, UNIT, ROWS, COLUMNS)
     gradient += tl.load(line) * UNIT
@@ -185,7 +205,7 @@ def settle(
     else:
         # First where registers allow, so that it is on its way while the products are formed.
         if EARLY:
-            matrix = _matrix(gradient + where, residual + where, inside, ADDS, FORM)
+            matrix = _matrix(gradient + where, residual + where, inside, scales, line, ADDS, FORM)
         average, own = _product_at(
             line,
             tl.program_id(0),
@@ -204,22 +224,39 @@ def settle(
             PRECISION,
         )
         if not EARLY:
-            matrix = _matrix(gradient + where, residual + where, inside, ADDS, FORM)
+            matrix = _matrix(gradient + where, residual + where, inside, scales, line, ADDS, FORM)
         given = average.to(gradient.dtype.element_ty)
         left_over = (matrix - own) + (average - given.to(tl.float32))
         tl.store(gradient + where, given, inside)
-        if FORM == "float32":
-            tl.store(residual + where, left_over, inside)
-        else:
-            # Counted from the matrix's beginning, in eights along rows of whole eights: nothing of the bucket matters.
-            local = tl.program_id(0) - tl.load(line + 7).to(tl.int32)
-            columns = (tl.load(line + 3) * UNIT).to(tl.int32)
-            across = tl.cdiv(columns, COLUMNS)
-            row = (local // across) * ROWS + tl.arange(0, ROWS)
-            eight = (local % across) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-            low = row[:, None] * tl.cdiv(columns, 8) + eight[None, :]
-            draws = draws_of(tl.load(line + 8), low * 0 + step, low)
-            tl.store(residual + where, encode_stochastic(left_over, 1.0, draws, FORM), inside)
+        if COUNTED:
+            step = tl.load(step)
+        if FORM != "float32":
+            left_over = _rounded(left_over, line, scales, step, FORM, UNIT, ROWS, COLUMNS)
+        tl.store(residual + where, left_over, inside)
+
+
+@triton.jit
+def _rounded(
+    values,
+    line,
+    scales,
+    step,
+    FORM: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The codes of a tile. Draws are counted from the matrix's beginning, in eights along rows of whole eights."""
+    local = tl.program_id(0) - tl.load(line + 7).to(tl.int32)
+    columns = (tl.load(line + 3) * UNIT).to(tl.int32)
+    across = tl.cdiv(columns, COLUMNS)
+    row = (local // across) * ROWS + tl.arange(0, ROWS)
+    eight = (local % across) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    low = row[:, None] * tl.cdiv(columns, 8) + eight[None, :]
+    draws = draws_of(tl.load(line + 8), low * 0 + step, low)
+    if FORM != "bfloat16":
+        values = tl.clamp(values, -LARGEST, LARGEST)
+    return encode_stochastic(values, power_at(scales, line + 9, 1, -1, FORM), draws, FORM)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -257,12 +294,22 @@ def exceed(
 
 
 @triton.jit
-def _matrix(gradient, residual, inside, ADDS: tl.constexpr, FORM: tl.constexpr):
-    """M in float32, at blocks of places."""
+def _matrix(gradient, residual, inside, scales, line, ADDS: tl.constexpr, FORM: tl.constexpr):
+    """M in float32, at blocks of places; the residual's codes are those of the step before."""
     matrix = tl.load(gradient, inside, 0.0).to(tl.float32)
     if ADDS:
-        matrix += decode(tl.load(residual, inside, 0.0), 1.0, FORM)
+        matrix += decode(tl.load(residual, inside, 0), power_at(scales, line + 9, 0, 1, FORM), FORM)
     return matrix
+
+
+@triton.jit
+def power_at(scales, place, WHICH: tl.constexpr, SIGN: tl.constexpr, FORM: tl.constexpr):
+    """The power of two of a parameter, whose number lies at ``place``, or one over it; 1 for forms without."""
+    power = 1.0
+    if FORM == "1-6-9" or FORM == "float16":
+        exponent = tl.load(scales + 2 * tl.load(place) + WHICH)
+        power = ((SIGN * exponent + 127) << 23).to(tl.float32, bitcast=True)
+    return power
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 A line of a table for `multiply`, in integers of 64 bits: the places of gradient and residual, rows, columns, rank, the
 places of the known factor and of the wanted one, where partial results lie, the matrix's first program, its tiles
-along the kept side, chunks of the rank, the length of a strip, and how many strips there are. Of one for `settle`: the
-first five, the places of Pᵀ and Qᵀ, the first program, and the seed of the draws.
+along the kept side, chunks of the rank, the length of a strip, how many strips there are, and the number of its
+residual's power of two. Of one for `settle`: the first five, the places of Pᵀ and Qᵀ, the first program, the seed of
+the draws, and the same number.
 """
 
 import math
@@ -32,6 +33,11 @@ GATHERED = 1024
 """Elements that a program of `gather` sums."""
 
 
+FLAGS = 3
+"""Whether what is averaged is finite: what is sent whole and first factors; last factors; their product. Beyond them
+lie the bits of the largest magnitude in each parameter's M, for forms that need it."""
+
+
 class Piece(NamedTuple):
     """A matrix: where it lies, and its factors, in elements.
 
@@ -44,6 +50,7 @@ class Piece(NamedTuple):
         left: before Pᵀ, ``(rank, min(rows, columns))``, in a payload.
         right: before Qᵀ, ``(rank, max(rows, columns))``.
         seed: of its residual's rounding.
+        scale: the number of its residual's power of two. Matrices that share one follow each other, and have one rank.
     """
 
     gradient: int
@@ -54,6 +61,7 @@ class Piece(NamedTuple):
     left: int
     right: int
     seed: int = 0
+    scale: int = 0
 
     @property
     def tall(self) -> bool:
@@ -105,6 +113,18 @@ class Products(NamedTuple):
     sums: Table | None
     partial: int
     chunks: int
+
+
+class Group(NamedTuple):
+    """Matrices of one launch, and how they are cut."""
+
+    tall: bool
+    unit: int
+    place: int
+    products: dict[Side, Products]
+    tile: tuple[int, int, int]  # rows, columns, columns of the factors that are taken at a time
+    warps: int
+    tiles: Table
 
 
 def grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -159,6 +179,7 @@ def products(pieces: Sequence[Piece], side: Side, device: torch.device) -> Produ
                 parts,
                 strip // unit,
                 strips,
+                piece.scale,
             ]
         )
         counts.append(tiles * parts * strips)
@@ -188,7 +209,7 @@ def tiled(pieces: Sequence[Piece], rows: int, columns: int, device: torch.device
     for piece in pieces:
         places = [piece.gradient // unit, piece.residual // unit, piece.rows // unit, piece.columns // unit]
         factors = [piece.left // place, piece.right // place]
-        lines.append([*places, piece.rank, *factors, sum(counts), piece.seed])
+        lines.append([*places, piece.rank, *factors, sum(counts), piece.seed, piece.scale])
         counts.append(-(-piece.rows // rows) * -(-piece.columns // columns))
     return _table(lines, counts, device)
 
@@ -212,6 +233,42 @@ def by_column(pieces: Sequence[Piece], side: Side, seeds: Sequence[int], device:
         for column in range(piece.rank):
             lines.append([place(piece) + column * length(piece), length(piece), first, piece.rank, seed])
     return _table(lines, [1] * len(lines), device)
+
+
+def by_pair(pieces: Sequence[Piece], device: torch.device) -> tuple[Table, Table]:
+    """A line for each column of P and the one of Q that belongs to it; and one for each power of two.
+
+    Args:
+        pieces: all of a payload.
+        device: where the tables go.
+    """
+    pairs: list[list[int]] = []
+    scales: list[list[int]] = []
+    for piece in pieces:
+        short, long = sorted((piece.rows, piece.columns))
+        if piece.scale == len(scales):
+            scales.append([len(pairs), piece.rank, 0])
+        scales[piece.scale][2] += 1
+        pairs += [[piece.left + i * short, short, piece.right + i * long, long] for i in range(piece.rank)]
+    return _table(pairs, [1] * len(pairs), device), _table(scales, [1] * len(scales), device)
+
+
+def group_of(pieces: Sequence[Piece], device: torch.device) -> Group:
+    """Cut matrices that `grouped` put together."""
+    tile, warps = _tile(max(piece.rank for piece in pieces), pieces[0].unit)
+    tables: dict[Side, Products] = {side: products(pieces, side, device) for side in ("left", "right")}
+    table = tiled(pieces, *tile[:2], device)
+    return Group(pieces[0].tall, pieces[0].unit, place_unit(pieces), tables, tile, warps, table)
+
+
+def _tile(rank: int, unit: int) -> tuple[tuple[int, int, int], int]:
+    """Rows and columns that a program of `settle` works on, the columns of factors at a time, and its warps.
+
+    Two products are held in registers beside M, so there is not much choice.
+    """
+    if unit == 1:
+        return (64, 32, 16), 4
+    return ((64, 64, 16), 4) if rank <= 64 else ((64, 128, 16), 8)
 
 
 def _table(lines: Sequence[Sequence[int]], counts: Sequence[int], device: torch.device) -> Table:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distopt.numerics.minifloat import piecewise
+from distopt.numerics.minifloat import piecewise, power_of_two
 
 _GATHER_BITS = 0x0102040810204080  # times eight bytes of 0 or 1: the highest byte of the product has their bits
 _SPREAD_BITS = 0x0101010101010101  # times one byte: eight copies
@@ -94,7 +94,7 @@ class FloatCodec:
         largest = _largest(rows)
         least = math.frexp(torch.finfo(rows.dtype).tiny)[1] - 1  # the scale and its inverse are normal numbers
         exponent = torch.frexp(torch.where(largest.isfinite(), largest, 1)).exponent.sub_(15).clamp_min_(least)
-        scaled = (rows * _power_of_two(-exponent, rows.dtype)).to(self.dtype)
+        scaled = (rows * power_of_two(-exponent, rows.dtype)).to(self.dtype)
         return torch.cat([_bytes(exponent.to(torch.int16)), _bytes(scaled)], dim=1)
 
     def decode(self, codes: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -102,7 +102,7 @@ class FloatCodec:
         if self.dtype == torch.bfloat16:
             return _read(codes, self.dtype).to(dtype)
         exponent = _read(codes[:, :2], torch.int16)
-        return _read(codes[:, 2:], self.dtype).to(dtype).mul_(_power_of_two(exponent, dtype))
+        return _read(codes[:, 2:], self.dtype).to(dtype).mul_(power_of_two(exponent, dtype))
 
     def nbytes(self, columns: int, dtype: torch.dtype = torch.float32) -> int:
         """See `Codec.nbytes`."""
@@ -213,11 +213,6 @@ def _uniform(like: Tensor, generator: torch.Generator | None, start: int) -> Ten
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     draws = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
     return draws.view(like.shape).to(like.dtype).mul_(2.0**-16).add_(start + 0.5)
-
-
-def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2 to an integer power, exactly, within the normal numbers of ``dtype``; `torch.ldexp` overflows on the way."""
-    return exponent.to(torch.int64).add_(1023).bitwise_left_shift_(52).view(torch.float64).to(dtype)
 
 
 def _padded(columns: int, unit: int) -> int:

@@ -123,13 +123,14 @@ class MiniFloat:
         clamped = int((tensor.abs() > self.max / scale).sum()) if too_large else 0
         return piecewise(lambda piece: self._encode(piece, scale, generator), tensor, torch.int16), clamped
 
-    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32, *, scale: float = 1.0) -> Tensor:
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32, *, scale: float | Tensor = 1.0) -> Tensor:
         """Give the values of codes, times ``scale``, exactly.
 
         Args:
             codes: int16, any shape.
             dtype: float32 or float64.
-            scale: a power of two. The products must be in ``dtype``'s range.
+            scale: a power of two; a 0-dimensional tensor on the codes' device is not read by the host. The products
+                must be in ``dtype``'s range.
 
         Returns:
             ``dtype``, contiguous, in the shape of ``codes``.
@@ -200,6 +201,16 @@ Source: Ramesh et al. 2021 (arXiv:2102.12092), appendices D and E; the bias foll
 
 FLOAT_0_6_10 = MiniFloat(0, 6, 10, bias=60)
 """DALL-E's format for Adam's variance, which has no sign; largest value just below 16. Source: as above."""
+
+
+def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2 to an integer power, exactly, within the normal numbers of ``dtype``; `torch.ldexp` overflows on the way.
+
+    Example:
+        >>> power_of_two(torch.tensor([3, -126]), torch.float32).log2().tolist()
+        [3.0, -126.0]
+    """
+    return (exponent.to(torch.int64) + 1023).bitwise_left_shift_(52).view(torch.float64).to(dtype)
 
 
 def finite_range(tensor: Tensor) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 from distopt.numerics.gaussian import seeded_generator_on
-from distopt.numerics.minifloat import FLOAT_1_6_9, MiniFloat, dither_, finite_range, piecewise
+from distopt.numerics.minifloat import FLOAT_1_6_9, MiniFloat, dither_, finite_range, piecewise, power_of_two
 
 StorageDtype: TypeAlias = torch.dtype | Literal["1-6-9"]
 """A format to store in: a torch dtype, or DALL-E's 16-bit format by its sign-exponent-significand bits."""
@@ -23,7 +23,7 @@ class Packed(NamedTuple):
     """A tensor in 16 bits an element, with one power of two for all: ``value = decode(codes) * 2**exponent``."""
 
     codes: Tensor  # float16 holds its own values, int16 the codes of FLOAT_1_6_9
-    exponent: int
+    exponent: int | Tensor  # int32, 0-dimensional, on the codes' device, where kernels choose it: no host need read it
     clamped: int  # elements beyond the format's largest value: none, as the exponent is chosen after the largest one
 
 
@@ -121,7 +121,8 @@ def unpack(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     if isinstance(stored, Tensor):
         return stored if stored.dtype == dtype else stored.to(dtype)
-    scale = 2.0**stored.exponent
+    exponent = stored.exponent
+    scale = power_of_two(exponent, dtype) if isinstance(exponent, Tensor) else 2.0**exponent
     if stored.codes.dtype == torch.float16:
         return stored.codes.to(dtype).mul_(scale)
     return FLOAT_1_6_9.decode(stored.codes, dtype, scale=scale)
@@ -146,6 +147,18 @@ def nbytes(stored: Stored) -> int:
     """
     tensor = stored.codes if isinstance(stored, Packed) else stored
     return tensor.numel() * tensor.element_size()
+
+
+def tensors_of(stored: Stored) -> list[Tensor]:
+    """What lies in memory of its own, the elements first.
+
+    Example:
+        >>> tensors_of(pack(torch.zeros(2), "1-6-9"))
+        [tensor([0, 0], dtype=torch.int16)]
+    """
+    if isinstance(stored, Tensor):
+        return [stored]
+    return [each for each in stored[:2] if isinstance(each, Tensor)]
 
 
 def _storable(tensor: Tensor, spacing: float) -> tuple[Tensor, float]:

@@ -16,6 +16,9 @@ from distopt.optim.settings import check_settings
 from distopt.optim.state import is_reduced, moment_bytes, new_state, piece_of, stored
 from distopt.optim.update import Hyper, update_blocks, update_lists, widest
 
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+# torch._foreach_* is how torch's own optimizers work on lists, and has no public name.
+
 Moments: TypeAlias = Literal["float32", "bfloat16", "packed16"]
 
 
@@ -35,6 +38,11 @@ class AdamW(Optimizer):
     step takes gradients of any floating dtype. It reads nothing back from an accelerator, unless a gradient scaler
     has set ``found_inf``: one flag then, and if it is set nothing changes.
 
+    With ``capturable`` it reads nothing back then either, and can be captured in a CUDA graph after one step outside of
+    it: steps are counted on the parameters' device, and a learning rate that is a tensor there may change from one
+    replay to the next. All parameters, those in full precision too, are updated by the Triton kernels then, which
+    take float32, bfloat16 and float16.
+
     Args:
         params: parameters, named parameters, or groups of them. A group may have its own value of any setting but the
             seed.
@@ -45,6 +53,7 @@ class AdamW(Optimizer):
         moments: how they are kept.
         max_variance: the variance is clipped to it before it is used or kept; DALL-E has 5. ``None``: no clipping.
         seed: of the stochastic rounding.
+        capturable: whether a step can be captured in a CUDA graph; for the whole optimizer.
 
     Raises:
         SettingError: a setting is out of its range, or a parameter is not a real floating-point tensor.
@@ -73,11 +82,12 @@ class AdamW(Optimizer):
         moments: Moments = "float32",
         max_variance: float | None = None,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         self._seed = seed
         self._launches = Launches()
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        own = {"moments": moments, "max_variance": max_variance}
+        own = {"moments": moments, "max_variance": max_variance, "capturable": capturable}
         check_settings({**settings, **own})
         super().__init__(params, {**settings, **TORCH_SETTINGS, **own})
 
@@ -101,19 +111,23 @@ class AdamW(Optimizer):
             The closure's loss.
 
         Raises:
-            DistoptError: a gradient is sparse. Nothing has changed then.
+            DistoptError: a gradient is sparse; or the step has to be capturable, and the kernels do not take a
+                parameter. Nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         found_inf = cast(Tensor | None, getattr(self, "found_inf", None))
-        if found_inf is not None and bool(found_inf):
+        counted = self._check_gradients()
+        if found_inf is not None and not counted and bool(found_inf):
             return loss
-        self._check_gradients()
         scale = cast(Tensor | None, getattr(self, "grad_scale", None))
         for first, group in self._numbered_groups():
-            self._step_group(first, group, scale)
+            if counted:
+                self._step_counted(first, group, scale, found_inf)
+            else:
+                self._step_group(first, group, scale)
         return loss
 
     def moment_bytes(self, *, exempt: bool = True) -> float:
@@ -148,7 +162,7 @@ class AdamW(Optimizer):
             16384
         """
         return sum(
-            moment_bytes(new_state(parameter, self._kind(group, index)))
+            moment_bytes(self._new_state(group, index))
             for group in self.param_groups
             for index, parameter in enumerate(group["params"])
             if parameter.requires_grad
@@ -189,7 +203,8 @@ class AdamW(Optimizer):
             for index, parameter in enumerate(group["params"]):
                 kept = self.state.get(parameter, {})
                 if isinstance(kept.get("exp_avg"), Shielded):
-                    self.state[parameter] = taken_over(kept, parameter, self._kind(group, index))
+                    kind, counted = self._kind(group, index), group["capturable"]
+                    self.state[parameter] = taken_over(kept, parameter, kind, counted=counted)
 
     def _numbered_groups(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every group with the number of its first parameter."""
@@ -198,19 +213,52 @@ class AdamW(Optimizer):
             yield first, group
             first += len(group["params"])
 
-    def _check_gradients(self) -> None:
+    def _check_gradients(self) -> bool:
+        """Whether all is done on the device, the counting of steps included: where the step is to be capturable."""
+        counted = self.defaults["capturable"]
         for first, group in self._numbered_groups():
             names = group.get("param_names")
             for index, parameter in enumerate(group["params"]):
-                if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                    name = repr(names[index]) if names else f"number {first + index}"
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                name = repr(names[index]) if names else f"number {first + index}"
+                if gradient.layout != torch.strided:
                     raise DistoptError(f"the gradient of parameter {name} is sparse, which AdamW cannot use")
+                if counted and not fits(piece_of(parameter), piece_of(gradient)):
+                    if parameter.device.type != "cpu":
+                        raise DistoptError(f"a capturable AdamW needs the kernels, which do not take parameter {name}")
+                    counted = False
+        return counted
+
+    def _new_state(self, group: dict[str, Any], index: int) -> dict[str, Any]:
+        return new_state(group["params"][index], self._kind(group, index), counted=group["capturable"])
 
     def _kind(self, group: dict[str, Any], index: int) -> str:
         """How the moments of a parameter are kept."""
         parameter, names = group["params"][index], group.get("param_names")
         exempt = sum(side > 1 for side in parameter.shape) < 2 or (names and is_exempt_by_name(names[index]))
         return "float32" if exempt else group["moments"]
+
+    def _step_counted(self, first: int, group: dict[str, Any], scale: Tensor | None, held: Tensor | None) -> None:
+        """A step of which the host knows nothing, not even whether it is taken: not if ``held`` is anything but 0."""
+        works: list[Work] = []
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state.update(self._new_state(group, index))
+            pieces = piece_of(parameter), piece_of(_unscaled(parameter.grad, scale))
+            works.append(Work(*pieces, state, first + index))
+        if not works:
+            return
+        steps = [work.state["step"] for work in works]
+        torch._foreach_add_(steps, 1.0)
+        if held is not None:
+            held = held.to(torch.float32).reshape(())
+            torch._foreach_sub_(steps, [held.to(step.device) for step in steps])
+        self._launches.step(first, Hyper.of(group, counted=True), works, self._seed, counted=True, held=held)
 
     def _step_group(self, first: int, group: dict[str, Any], scale: Tensor | None) -> None:
         hyper = Hyper.of(group)
@@ -221,7 +269,7 @@ class AdamW(Optimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state.update(new_state(parameter, self._kind(group, index)))
+                state.update(self._new_state(group, index))
             state["step"] += 1
             gradient = _unscaled(parameter.grad, scale)
             pieces = piece_of(parameter), piece_of(gradient)

@@ -1,5 +1,6 @@
 """The arithmetic of AdamW in Triton's edition: few launches for all parameters, whatever their number."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -56,7 +57,16 @@ class Launches:
     def __init__(self) -> None:
         self._tables: dict[tuple[Any, ...], Any] = {}
 
-    def step(self, group: int, hyper: Hyper, works: Sequence[Work], seed: int) -> None:
+    def step(
+        self,
+        group: int,
+        hyper: Hyper,
+        works: Sequence[Work],
+        seed: int,
+        *,
+        counted: bool = False,
+        held: Tensor | None = None,
+    ) -> None:
         """Update parameters of one group, which have what is set there in common.
 
         Args:
@@ -64,23 +74,36 @@ class Launches:
             hyper: its settings.
             works: in the same order at every step; of any devices and of all dtypes that `fits` takes.
             seed: of the rounding.
+            counted: whether steps are tensors on the parameters' device, which the host does not read.
+            held: with them: one number, also there; nothing is updated unless it is 0.
         """
         kinds: dict[tuple[Any, ...], list[Work]] = {}
         for work in works:
             if work.parameter.numel():
-                kinds.setdefault(_kind(work), []).append(work)
+                step = None if counted else work.state["step"].item()
+                kinds.setdefault((step, *_kind(work)), []).append(work)
         for place, ((step, *kind), members) in enumerate(kinds.items()):
             # Not the step itself, which never comes again.
-            self._launch((group, place, *kind), hyper, members, step, seed)
+            self._launch((group, place, *kind), hyper, members, step, seed, held)
 
-    def _launch(self, key: tuple[Any, ...], hyper: Hyper, works: list[Work], step: float, seed: int) -> None:
+    def _launch(
+        self,
+        key: tuple[Any, ...],
+        hyper: Hyper,
+        works: list[Work],
+        step: float | None,
+        seed: int,
+        held: Tensor | None,
+    ) -> None:
         from distopt.kernels import adamw
 
         table = self._tables.setdefault(key, adamw.Table())
         members = [_member(work) for work in works]
-        draws = int.from_bytes(hashlib.sha256(repr((seed, int(step))).encode()).digest()[:8], "little") >> 1
+        held = None if held is None else held.to(members[0].parameter.device)
+        counted = None if step is not None else adamw.Counted(_numbers(hyper, works), held)
         with torch.cuda.device_of(members[0].parameter):
-            adamw.step(table, members, _FORMS[members[0].mean.dtype], _factors(hyper, step), draws)
+            forms, factors = _FORMS[members[0].mean.dtype], _factors(hyper, step)
+            adamw.step(table, members, forms, factors, _key(seed), counted)
         for work, member in zip(works, members, strict=True):
             if member.parameter.data_ptr() != work.parameter.data_ptr():  # memory with gaps was copied
                 layout = piece_of(work.state["exp_avg"])
@@ -88,10 +111,10 @@ class Launches:
 
 
 def _kind(work: Work) -> tuple[Any, ...]:
-    """What the parameters of a launch have in common: the step, and what the kernel is compiled for."""
+    """What the parameters of a launch have in common but for the step: what the kernel is compiled for."""
     dtypes = work.parameter.dtype, work.gradient.dtype, work.state["exp_avg"].dtype
     aligned = all(each.data_ptr() % 16 == 0 for each in (work.parameter, work.gradient))
-    return work.state["step"].item(), work.parameter.device, *dtypes, aligned
+    return work.parameter.device, *dtypes, aligned
 
 
 def _member(work: Work) -> Any:
@@ -105,17 +128,30 @@ def _member(work: Work) -> Any:
     return Member(parameter, gradient, mean, variance, *scales, number=work.number)
 
 
-def _factors(hyper: Hyper, step: float) -> Any:
+@functools.cache
+def _key(seed: int) -> int:
+    """63 bits, of which near seeds have nothing in common."""
+    return int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "little") >> 1
+
+
+def _factors(hyper: Hyper, step: float | None) -> Any:
+    """What all parameters have in common; ``None``: what depends on the step is not for the host to know."""
     from distopt.kernels.adamw import Factors
 
+    varying = (0, 0.0, 0.0, 0.0) if step is None else (int(step), *_of_step(hyper, float(hyper.lr), step))
+    most = float("inf") if hyper.max_variance is None else hyper.max_variance
+    return Factors(*varying, hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, most)
+
+
+def _numbers(hyper: Hyper, works: Sequence[Work]) -> Tensor:
+    """The same that `_factors` has first, a row a parameter, computed on the device as the host would."""
+    steps = torch.stack([work.state["step"] for work in works]).double()
+    there = isinstance(hyper.lr, Tensor) and hyper.lr.device == steps.device
+    lr = hyper.lr.double() if there else float(hyper.lr)
+    return torch.stack([steps, *(torch.zeros_like(steps) + each for each in _of_step(hyper, lr, steps))], 1).float()
+
+
+def _of_step(hyper: Hyper, lr: Any, step: Any) -> tuple[Any, Any, Any]:
+    """What decays, and eps and the learning rate with the corrections of both moments' biases."""
     root = (1 - hyper.beta2**step) ** 0.5
-    return Factors(
-        decay=1 - hyper.lr * hyper.weight_decay,
-        beta1=hyper.beta1,
-        rest1=1 - hyper.beta1,
-        beta2=hyper.beta2,
-        rest2=1 - hyper.beta2,
-        eps=hyper.eps * root,
-        factor=-hyper.lr * root / (1 - hyper.beta1**step),
-        max_variance=float("inf") if hyper.max_variance is None else hyper.max_variance,
-    )
+    return 1 - lr * hyper.weight_decay, hyper.eps * root, -lr * root / (1 - hyper.beta1**step)

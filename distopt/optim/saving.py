@@ -17,12 +17,14 @@ TORCH_SETTINGS = {
     "amsgrad": False,
     "maximize": False,
     "foreach": None,
-    "capturable": False,
     "differentiable": False,
     "fused": None,
     "decoupled_weight_decay": True,
 }
 """Settings of a group that ``torch.optim.AdamW`` saves, at the only values that ours can have."""
+
+KEPT_SETTINGS = ("capturable",)
+"""Settings that both have, of which the optimizer's own stay in force."""
 
 OWN_SETTINGS = ("moments", "max_variance")
 """Settings of a group that torch's has not."""
@@ -66,7 +68,7 @@ def shield(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         for name in ("amsgrad", "maximize"):
             if saved.get(name):
                 raise StateError(f"the state was saved with {name}=True, which distopt.optim.AdamW does not have")
-        groups.append({**saved, **TORCH_SETTINGS, **{name: ours[name] for name in OWN_SETTINGS}})
+        groups.append({**saved, **TORCH_SETTINGS, **{name: ours[name] for name in (*KEPT_SETTINGS, *OWN_SETTINGS)}})
     groups += state_dict["param_groups"][len(groups) :]
     keys = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
@@ -85,19 +87,20 @@ def _shielded(key: object, state: Mapping[str, Any], shape: torch.Size | None) -
     return {name: Shielded(value) if name in MOMENTS else value for name, value in state.items()}
 
 
-def taken_over(saved: Mapping[str, Any], parameter: Tensor, moments: str) -> dict[str, Any]:
+def taken_over(saved: Mapping[str, Any], parameter: Tensor, moments: str, *, counted: bool = False) -> dict[str, Any]:
     """Encode a saved state.
 
     Args:
         saved: ``step`` and two moments, as `shield` left them.
         parameter: what it is for.
         moments: how they are to be kept.
+        counted: whether steps are counted on the parameter's device.
 
     Returns:
         The state, which shares no memory with the saved one.
     """
-    state = new_state(parameter, moments)
-    state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu").detach().clone()
+    state = new_state(parameter, moments, counted=counted)
+    state["step"].copy_(torch.as_tensor(saved["step"], dtype=torch.float32, device="cpu").detach())
     values = {name: cast(Shielded, saved[name]).tensor for name in MOMENTS}
     if is_reduced(state):
         for moment, numbers in zip(stored(state), values.values(), strict=True):

@@ -14,18 +14,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _SETTING = {torch.int16: "packed16", torch.bfloat16: "bfloat16"}
 
 
-def new_state(parameter: Tensor, moments: str) -> dict[str, Any]:
+def new_state(parameter: Tensor, moments: str, *, counted: bool = False) -> dict[str, Any]:
     """Make the state before the first step.
 
     Args:
         parameter: what it is for.
         moments: how they are kept, ``"packed16"`` for example.
+        counted: whether steps are counted on the parameter's device.
 
     Returns:
-        ``step`` (a float32 scalar on the CPU, as torch keeps it), ``exp_avg``, ``exp_avg_sq``, and the scales of
-        formats that have them.
+        ``step`` (a float32 scalar, on the CPU unless ``counted``, as torch keeps it), ``exp_avg``, ``exp_avg_sq``, and
+        the scales of formats that have them.
     """
-    state: dict[str, Any] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+    device = piece_of(parameter).device if counted else "cpu"
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=device)}
     if moments == "float32":
         for name in MOMENTS:
             state[name] = torch.zeros_like(parameter, dtype=widest(parameter.dtype), requires_grad=False)

@@ -18,7 +18,7 @@ from distopt.optim.pieces import Noise, in_memory_order, pieces
 class Hyper(NamedTuple):
     """What the parameters of a group have in common."""
 
-    lr: float
+    lr: Any  # a float; a tensor only where steps are counted on the device
     beta1: float
     beta2: float
     eps: float
@@ -26,10 +26,11 @@ class Hyper(NamedTuple):
     max_variance: float | None
 
     @classmethod
-    def of(cls, group: dict[str, Any]) -> "Hyper":
-        """Read a parameter group."""
+    def of(cls, group: dict[str, Any], *, counted: bool = False) -> "Hyper":
+        """Read a parameter group; where steps are ``counted`` on the device, the learning rate may be there too."""
+        lr = group["lr"] if counted else float(group["lr"])
         beta1, beta2 = group["betas"]
-        return cls(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["max_variance"])
+        return cls(lr, beta1, beta2, group["eps"], group["weight_decay"], group["max_variance"])
 
 
 def widest(dtype: torch.dtype) -> torch.dtype:

@@ -13,17 +13,30 @@ import torch
 from torch import Tensor
 
 from distopt.kernels.choice import chosen
+from distopt.kernels.lowrank_jobs import FLAGS
 from distopt.numerics.gaussian import seeded_generator
 from distopt.numerics.orthogonal import normalize_stacks
-from distopt.numerics.storage import unpack
+from distopt.numerics.storage import Packed, StorageDtype, Stored, pack, unpack
 from distopt.reducers.factors import Factors, LowRankSettings
 from distopt.reducers.matrix import Layout, Matrix
 from distopt.reducers.reducer import Bucket, Slot, State
 
 if TYPE_CHECKING:
-    from distopt.kernels.compression import Compression
+    from distopt.kernels.compression import Compression, Form, Residual
 
 _Side = Literal["left", "right"]
+
+_FORMS: "Mapping[StorageDtype | None, tuple[Form, torch.dtype]]" = {
+    None: ("float32", torch.float32),
+    torch.float32: ("float32", torch.float32),
+    torch.bfloat16: ("bfloat16", torch.bfloat16),
+    torch.float16: ("float16", torch.float16),
+    "1-6-9": ("1-6-9", torch.int16),
+}
+"""What residuals are kept in, by the setting: the kernels' word for it, and the dtype of the codes."""
+
+_SCALED = ("float16", "1-6-9")
+"""Those with a power of two for each parameter."""
 
 _ALIGNED = 8
 """Elements that the room of a residual is filled up to, so that it can be read 16 bytes at a time."""
@@ -66,7 +79,7 @@ def is_fusible(slots: Sequence[Slot], matrices: Sequence[Matrix], settings: LowR
         and chosen(parameters[0].device)
         and parameters[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
         and settings.energy is None
-        and settings.memory.dtype in (None, torch.float32, torch.bfloat16)
+        and settings.memory.dtype in _FORMS
         and not any(slot.optional for slot in slots)
         and all(math.prod(matrix.shape) <= _LARGEST for matrix in matrices)
     )
@@ -86,12 +99,13 @@ class Fused:
         self._matrices = matrices
         self._settings = settings
         self._device = slots[0].parameter.device
-        self._dtype = torch.bfloat16 if settings.memory.dtype == torch.bfloat16 else torch.float32
+        self._form: Form
+        self._form, self._dtype = _FORMS[settings.memory.dtype]
         sizes = [-(-slot.parameter.numel() // _ALIGNED) * _ALIGNED for slot in slots]
         self._starts = {slot.name: sum(sizes[:i]) for i, slot in enumerate(slots)}
         self._numel = sum(sizes)
-        self._room: Tensor | None = None
-        self._views: list[Tensor] = []
+        self._room: Residual | None = None
+        self._views: list[Stored] = []
         self._known: tuple[Layout, tuple[int, ...], Compression] | None = None
         self._limit = torch.finfo(slots[0].parameter.dtype).max / 2 / max(matrix.rank for matrix in matrices)
 
@@ -109,7 +123,7 @@ class Fused:
             known = self._known = (layout, places, self._compression(layout, dict(zip(gradients, places, strict=True))))
         return Work(known[2], layout, flat, self._residual(state), self.named(), state.step, self._limit)
 
-    def named(self) -> dict[str, Tensor]:
+    def named(self) -> dict[str, Stored]:
         """The residuals in the room, by the parameter's name."""
         return {slot.name: view for slot, view in zip(self._slots, self._views, strict=True)}
 
@@ -122,6 +136,7 @@ class Fused:
             empty = torch.empty(layout.numel(side), device="meta")
             shapes[side] = layout.each(layout.stacks(empty, side), side)
         pieces: list[Piece] = []
+        scales = {slot.name: i for i, slot in enumerate(self._slots)}
         for i, matrix in enumerate(self._matrices):
             name, (rows, columns) = matrix.slot.name, matrix.shape
             before = matrix.index * rows * columns
@@ -129,28 +144,44 @@ class Fused:
             seed = _seed("pack", self._settings.memory.seed, matrix.key)
             residual = self._starts[name] + before
             factors = (left.shape[0], int(left.storage_offset()), int(right.storage_offset()))
-            pieces.append(Piece(places[name] + before, residual, rows, columns, *factors, seed))
+            pieces.append(Piece(places[name] + before, residual, rows, columns, *factors, seed, scales[name]))
         seeds = [_seed(self._settings.seed, matrix.key, "renewed") for matrix in self._matrices]
-        form = "bfloat16" if self._dtype == torch.bfloat16 else "float32"
-        return Compression(pieces, form, seeds, self._device)
+        return Compression(pieces, self._form, seeds, self._device)
 
-    def _residual(self, state: State) -> Tensor:
+    def _residual(self, state: State) -> "Residual":
         """What is added to the gradients, and where new residuals are written: the same memory."""
         residuals = state.residuals
         mine = zip(self._slots, self._views, strict=bool(self._views))
         if self._room is not None and all(residuals.get(slot.name) is view for slot, view in mine):
             return self._room
         # Of another plan, or out of a checkpoint; and what is somebody else's must not be written to.
-        room = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
-        self._room, self._views = room, []
-        for slot in self._slots:
+        from distopt.kernels.compression import Residual
+
+        codes = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
+        scales = torch.zeros((len(self._slots), 2), dtype=torch.int32, device=self._device)
+        self._room, self._views = Residual(codes, scales), []
+        for slot, exponent in zip(self._slots, scales[:, 1], strict=True):
             start, parameter = self._starts[slot.name], slot.parameter
-            view = room[start : start + parameter.numel()].view(parameter.shape)
+            view = codes[start : start + parameter.numel()].view(parameter.shape)
+            mine = Packed(view, exponent, 0) if self._form in _SCALED else view
             kept = residuals.get(slot.name)
             if kept is not None:
-                view.copy_(unpack(kept))
-            self._views.append(view)
-        return room
+                self._take_over(mine, kept)
+            self._views.append(mine)
+        return self._room
+
+    def _take_over(self, mine: Stored, kept: Stored) -> None:
+        """Fill this room with what another left behind, rounded to the nearest where it has more bits."""
+        if isinstance(mine, Tensor):
+            mine.copy_(unpack(kept))
+            return
+        if not isinstance(kept, Packed) or kept.codes.dtype != self._dtype:
+            packed = pack(unpack(kept), self._settings.memory.dtype)
+            assert isinstance(packed, Packed)
+            kept = packed
+        mine.codes.copy_(kept.codes)
+        assert isinstance(mine.exponent, Tensor)
+        mine.exponent.copy_(kept.exponent if isinstance(kept.exponent, Tensor) else torch.tensor(kept.exponent))
 
 
 class Work:
@@ -160,7 +191,7 @@ class Work:
         kernels: that do the work.
         layout: of the factors.
         gradient: the bucket.
-        residual: of all its matrices, in one dimension.
+        residual: of all its matrices.
         residuals: the same by the parameter's name.
         step: its number.
         limit: the largest factor whose product with an orthonormal one must be within the gradient's range.
@@ -171,8 +202,8 @@ class Work:
         kernels: "Compression",
         layout: Layout,
         gradient: Tensor,
-        residual: Tensor,
-        residuals: Mapping[str, Tensor],
+        residual: "Residual",
+        residuals: Mapping[str, Stored],
         step: int,
         limit: float,
     ) -> None:
@@ -185,6 +216,8 @@ class Work:
         self._limit = limit
         self._in_place = gradient.dtype == torch.float32
         self._added = False
+        self._flags = kernels.flags()
+        self._noted = False
 
     def times(self, side: _Side, factor: Tensor, out: Tensor) -> None:
         """All factors of one side, P = M Q if it is the left one, Q = Mᵀ P if it is the right one.
@@ -195,8 +228,9 @@ class Work:
             out: room for them.
         """
         residual = None if self._added else self._residual
-        self._kernels.multiply(side, self._gradient, residual, factor, out, writes=self._in_place)
-        self._added = self._in_place
+        flags = None if self._noted else self._flags
+        self._kernels.multiply(side, self._gradient, residual, factor, out, writes=self._in_place, flags=flags)
+        self._added, self._noted = self._in_place, True
 
     def following(self, side: _Side, stacks: Sequence[Tensor], before: Tensor) -> list[Tensor]:
         """What the next step starts from: columns of length 1, dead ones drawn anew; of a zero gradient, ``before``.
@@ -216,7 +250,7 @@ class Work:
 
     def inspect(self, pending: Pending) -> Tensor:
         """Flags on the device that say whether the step is sound."""
-        kernels, factors, flags = self._kernels, pending.factors, self._kernels.flags()
+        kernels, factors, flags = self._kernels, pending.factors, self._flags
         kernels.inspect(pending.whole, flags, 0)
         kernels.inspect(pending.last, flags, 1)
         kernels.exceed(self._gradient, factors.left, factors.right, flags, self._limit)
@@ -232,11 +266,11 @@ class Work:
         """Euclidean norm of gradient plus residual, by the parameter's name. Waits for the device."""
         if self._added:
             return norms_by_name(gradients)
-        return norms_by_name({name: gradients[name].float() + one for name, one in self._residuals.items()})
+        return norms_by_name({name: gradients[name].float() + unpack(one) for name, one in self._residuals.items()})
 
     def residual_norms(self) -> dict[str, float]:
         """Euclidean norm of each residual, by the parameter's name. Waits for the device."""
-        return norms_by_name(self._residuals)
+        return norms_by_name({name: unpack(one) for name, one in self._residuals.items()})
 
 
 def _one_piece(gradients: Sequence[Tensor]) -> Tensor | None:
@@ -255,8 +289,8 @@ def norms_by_name(tensors: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def is_sound(flags: Tensor) -> Tensor:
-    """Whether no flag is up: 0-dimensional, bool, on the device."""
-    return (flags < _INFINITE).all()
+    """Whether no flag is up: 0-dimensional, bool, on the device. All ranks have these alike."""
+    return (flags[:FLAGS] < _INFINITE).all()
 
 
 def _seed(*key: int | str) -> int:

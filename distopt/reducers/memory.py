@@ -24,7 +24,10 @@ def is_compressible(slot: Slot) -> bool:
 
 def clone(stored: Stored) -> Stored:
     """Copy what is kept."""
-    return stored._replace(codes=stored.codes.clone()) if isinstance(stored, Packed) else stored.clone()
+    if isinstance(stored, Tensor):
+        return stored.clone()
+    exponent = stored.exponent.clone() if isinstance(stored.exponent, Tensor) else stored.exponent
+    return stored._replace(codes=stored.codes.clone(), exponent=exponent)
 
 
 def storage_of(stored: Stored) -> StorageDtype:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from distopt.errors import DistoptError
 from distopt.kernels import adamw
 from distopt.optim import AdamW, fused
 from distopt.optim.fused import Launches, Work
@@ -228,6 +229,92 @@ def test_the_table_is_written_when_something_has_moved():
     assert copies == [3, 3, 4]
 
 
+def counting(count, moments="packed16", shift=0, **settings):
+    """Parameters after some steps, their gradients of every step known beforehand; and the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.ParameterDict({str(i): nn.Parameter(drawn(shape, generator)) for i, shape in enumerate(SHAPES[:2])})
+    optimizer = AdamW(model.named_parameters(), lr=settings.pop("lr", 0.01), moments=moments, **settings)
+    for step in range(count):
+        for i, parameter in enumerate(model.values()):
+            parameter.grad = drawn(parameter.shape, torch.Generator().manual_seed(10 * step + i))
+        if step < shift:
+            model["1"].grad = None  # so that not all have the same count
+        optimizer.step()
+    return [parameter.detach() for parameter in model.values()], optimizer
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("moments", ["packed16", "bfloat16"])
+def test_what_counts_on_the_device_computes_the_same(moments):
+    """Bit for bit; and a learning rate that is a tensor there is the number that it holds."""
+    settings = {"shift": 1, "weight_decay": 0.1, "max_variance": 5.0}
+    wanted, known = counting(3, moments, **settings)
+    lr = torch.tensor(0.01, dtype=torch.float64, device=DEVICE)
+    for rate in (0.01, lr):
+        found, optimizer = counting(3, moments, lr=rate, capturable=True, **settings)
+        assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
+        for mine, other in zip(optimizer.state.values(), known.state.values(), strict=True):
+            assert all(torch.equal(mine[name].cpu(), other[name].cpu()) for name in other)
+            assert mine["step"].device == DEVICE or DEVICE.type == "cuda"
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_a_step_that_is_held_changes_nothing():
+    found, optimizer = counting(2, capturable=True, lr=0.3)
+    kept = [*found, *(tensor for state in optimizer.state.values() for tensor in state.values())]
+    before = [each.clone() for each in kept]
+    optimizer.found_inf, optimizer.grad_scale = torch.ones((), device=DEVICE), None
+    optimizer.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(kept, before, strict=True))
+    optimizer.found_inf.zero_()
+    optimizer.step()
+    assert [float(state["step"]) for state in optimizer.state.values()] == [3.0, 3.0]
+    assert not torch.equal(found[0], before[0])
+
+
+@pytest.mark.usefixtures("_kernels")
+def test_states_are_exchanged_with_those_that_the_host_counts():
+    wanted, _ = counting(3)
+    for first, second in ((True, False), (False, True)):
+        found, optimizer = counting(2, capturable=first)
+        other = AdamW(zip("01", map(nn.Parameter, found), strict=True), lr=0.01, moments="packed16", capturable=second)
+        other.load_state_dict(optimizer.state_dict())
+        assert other.param_groups[0]["capturable"] == second
+        for i, parameter in enumerate(other.param_groups[0]["params"]):
+            parameter.grad = drawn(parameter.shape, torch.Generator().manual_seed(20 + i))
+            assert parameter.data_ptr() == found[i].data_ptr()
+        other.step()
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+def test_a_captured_table_is_apart(monkeypatch):
+    """What a graph would write is known from its own operations, and a step beside it neither sees nor changes it."""
+    works = works_of("packed16", SHAPES, step=0.0)
+    launches = Launches()
+    launches.step(0, HYPER, works, 0, counted=True)
+    (table,) = launches._tables.values()
+    members = [fused._member(work) for work in works]
+    plain_table, *owners = table.refreshed(members)
+    copies = table.copies
+    monkeypatch.setattr(adamw, "_captures", lambda: True)
+    own, *same_owners = table.refreshed(members)
+    assert own is not plain_table
+    assert torch.equal(own, plain_table)
+    assert all(one is other for one, other in zip(owners, same_owners, strict=True))
+    assert table.copies == copies
+    with pytest.raises(DistoptError, match="take a step with the same parameters before it is captured"):
+        table.refreshed(members[:1])
+    monkeypatch.undo()
+    assert table.refreshed(members)[0] is plain_table
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a CPU the plain edition counts as well")
+def test_without_kernels_a_cpu_counts_for_itself():
+    wanted, _ = counting(2)
+    found, _ = counting(2, capturable=True)
+    assert all(torch.equal(mine, other) for mine, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("moments", ["packed16", "bfloat16"])
 def test_the_optimizer_trains_alike(moments, monkeypatch):
@@ -271,12 +358,13 @@ def launches():
             state["step"] += 1
             works.append(Work(parameter, torch.empty(shape, dtype=dtype), state, number))
         Launches().step(0, HYPER._replace(max_variance=5.0), works, 0)
+    Launches().step(0, HYPER._replace(max_variance=5.0), works, 0, counted=True, held=torch.zeros(()))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_compiles_for_gpus(capability):
     kernels = compiled("tests.kernels.test_adamw", capability)
-    assert len(kernels) == 8
+    assert len(kernels) == 10
     assert all(each.spilled == 0 and each.shared <= 64 * 1024 for each in kernels)
     # Of whole blocks, at least two programs have room among 65536 registers: one loads while another computes.
     assert sum(each.registers * each.warps * 32 <= 32_768 for each in kernels) >= 4

@@ -14,7 +14,7 @@ from bench.gpu.clock import Clock, relative
 from bench.gpu.dion import orthonormal
 from bench.gpu.parts import PARTS, TINY, records_of
 from bench.gpu.traces import Seen
-from bench.gpu.ways import BATCHED, DION, MODELS, OURS, PLAIN, TORCH, kernels, step_of
+from bench.gpu.ways import BATCHED, DION, HALF, MODELS, OURS, PACKED, PLAIN, TORCH, kernels, step_of
 from bench.stamp import append_lines
 from distopt.kernels.choice import chosen_setting
 
@@ -42,11 +42,13 @@ def test_every_part_measures_something(records):
 
 
 def test_both_editions_compute_the_same(records):
-    found = [r["difference"] for r in records if r["part"] == "compression" and r["way"] == PLAIN]
-    assert len(found) == len(TINY.ranks) * len(TINY.dtypes)
-    assert max(found) < 1e-2
-    (packed,) = [r["difference"] for r in records if r.get("way") == "distopt packed16"]
-    assert packed < 1e-2
+    for way in (PLAIN, PACKED, HALF):
+        found = [r["difference"] for r in records if r["part"] == "compression" and r["way"] == way]
+        assert len(found) == len(TINY.ranks) * len(TINY.dtypes)
+        assert max(found) < 1e-2
+    for way in ("distopt packed16", "distopt packed16, capturable"):
+        (packed,) = [r["difference"] for r in records if r.get("way") == way]
+        assert packed < 1e-2
 
 
 def test_the_tables_have_marks_on_the_page(records):
