@@ -4,8 +4,8 @@
     L       losses             ()     mean loss of one task
     s       log_variances      (T,)   ln of the task's variance, learned from 0
 
-A regression of squared errors is the likelihood of a Gaussian, ``L / (2 var) + ln(var) / 2``; a classification that of a
-softmax at temperature ``var``, about ``L / var + ln(var) / 2``. Learned as s = ln(var), both stay positive weights.
+A regression of squared errors is the likelihood of a Gaussian, ``L / (2 var) + ln(var) / 2``; a classification that of
+a softmax at temperature ``var``, about ``L / var + ln(var) / 2``. Learned as s = ln(var), both weights stay positive.
 """
 
 import math
@@ -75,7 +75,9 @@ class UncertaintyWeights(nn.Module):
         """
         return torch.stack(list(self.terms(losses).values())).sum()
 
-    def terms(self, sums: Mapping[str, Tensor], counts: Mapping[str, float | Tensor] | None = None) -> dict[str, Tensor]:
+    def terms(
+        self, sums: Mapping[str, Tensor], counts: Mapping[str, float | Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Each task's part, for ``window.backward`` of `distopt.accumulate`, which divides it by its own count.
 
         Args:
@@ -102,10 +104,34 @@ class UncertaintyWeights(nn.Module):
             parts[name] = part + self._price(s) * (1.0 if counts is None else counts[name])
         return parts
 
+    @torch.no_grad()
+    def start(self, losses: Mapping[str, float]) -> None:
+        """Set each s to its optimum for these losses, say those of the first batch; the same ones on all ranks.
+
+        From 0, a loss of 10,000 has a gradient of 5,000 in s. Adam's second moment remembers it for ``1 / (1 - beta2)``
+        steps, in which s hardly moves while the other tasks starve: start near the optimum, or give `parameter_groups`
+        a short memory.
+
+        Args:
+            losses: means by task, all above 0.
+
+        Raises:
+            SettingError: other tasks than the module's, or a loss that is not above 0 and finite.
+        """
+        if set(losses) != set(self.tasks):
+            raise SettingError("losses", list(losses), f"of these tasks, {list(self.tasks)}")
+        for name, loss in losses.items():
+            if not (math.isfinite(loss) and loss > 0):
+                raise SettingError(f"losses[{name!r}]", loss, "a finite number above 0")
+        best = self.optimum(losses)
+        self.log_variances.copy_(torch.tensor([best[name] for name in self.tasks]))
+
     def weights(self) -> dict[str, float]:
         """What each task's loss is multiplied by now."""
         values = torch.exp(-self.log_variances.detach()).tolist()
-        return {name: self._factor(kind) * value for (name, kind), value in zip(self.tasks.items(), values, strict=True)}
+        return {
+            name: self._factor(kind) * value for (name, kind), value in zip(self.tasks.items(), values, strict=True)
+        }
 
     def optimum(self, losses: Mapping[str, float]) -> dict[str, float]:
         """The s at which the sum is smallest while the losses stay as they are, all above 0.
@@ -130,7 +156,11 @@ class UncertaintyWeights(nn.Module):
 
 
 def parameter_groups(
-    modules: nn.Module | Iterable[nn.Module], *, weight_decay: float, learning_rate: float | None = None
+    modules: nn.Module | Iterable[nn.Module],
+    *,
+    weight_decay: float,
+    learning_rate: float | None = None,
+    betas: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Two groups for an optimizer: the model's parameters, and the log-variances, which never decay.
 
@@ -138,6 +168,7 @@ def parameter_groups(
         modules: a module that holds `UncertaintyWeights`, wrapped or not, or several modules.
         weight_decay: of all parameters but the log-variances.
         learning_rate: of the log-variances; the optimizer's own if ``None``.
+        betas: of the log-variances, in an optimizer of Adam's kind; the optimizer's own if ``None``.
 
     Raises:
         SettingError: there are no `UncertaintyWeights` among the modules.
@@ -153,8 +184,8 @@ def parameter_groups(
     if not own:
         raise SettingError("modules", [type(module).__name__ for module in listed], "modules with UncertaintyWeights")
     others = {id(p): p for module in listed for p in module.parameters() if id(p) not in own and p.requires_grad}
-    rate = {} if learning_rate is None else {"lr": learning_rate}
+    rules = {name: value for name, value in (("lr", learning_rate), ("betas", betas)) if value is not None}
     return [
         {"params": list(others.values()), "weight_decay": weight_decay},
-        {"params": list(own.values()), "weight_decay": 0.0, **rate},
+        {"params": list(own.values()), "weight_decay": 0.0, **rules},
     ]

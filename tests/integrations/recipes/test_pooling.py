@@ -5,15 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from distopt.integrations.recipes import pooling
+from distopt.integrations.recipes.logspace import log1mexp, log_expm1, log_softplus
+from distopt.integrations.recipes.pooling import KINDS, AttentionPooling, LogSumExp, NoisyAnd, NoisyOr, pad_bags
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
 from distopt.errors import SettingError
-from distopt.integrations.recipes import pooling
-from distopt.integrations.recipes.logspace import log1mexp, log_expm1, log_softplus
-from distopt.integrations.recipes.pooling import KINDS, AttentionPooling, LogSumExp, NoisyAnd, NoisyOr, pad_bags
 
 GROWING = ("isr", "noisy-or")
 """What a bag laid beside itself makes surer."""
@@ -138,7 +138,9 @@ def test_the_gradient_of_the_threshold_is_that_of_the_formula(b, z):
     assert made.threshold.grad.item() == pytest.approx(threshold.grad.item(), rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize(("at", "gradient", "kept"), [(1.2, -1.0, 0.0), (1.2, 1.0, 1.0), (-0.1, 1.0, 0.0), (-0.1, -1.0, -1.0)])
+@pytest.mark.parametrize(
+    ("at", "gradient", "kept"), [(1.2, -1.0, 0.0), (1.2, 1.0, 1.0), (-0.1, 1.0, 0.0), (-0.1, -1.0, -1.0)]
+)
 def test_a_threshold_outside_counts_as_the_end_and_can_come_back(at, gradient, kept):
     made = NoisyAnd(1)
     made.threshold.data.fill_(at)
@@ -166,7 +168,9 @@ def test_sure_instances_have_finite_losses_and_gradients(kind, size):
 def test_float32_follows_float64(kind, z):
     made = pooling.pooling(kind, 1)
     single = made(torch.tensor(z, dtype=torch.float32).reshape(1, -1, 1)).item()
-    assert single == pytest.approx(pooled(kind, torch.tensor(z, dtype=torch.float32).double()).item(), rel=1e-4, abs=1e-4)
+    assert single == pytest.approx(
+        pooled(kind, torch.tensor(z, dtype=torch.float32).double()).item(), rel=1e-4, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,7 +233,9 @@ def test_attention_is_not_monotone():
     torch.manual_seed(1)
     made = AttentionPooling(2, 1)
     bag = torch.randn(1, 3, 2)
-    changes = [(made(torch.cat([bag, made.head.weight.reshape(1, 1, 2) * size], 1)) - made(bag)).item() for size in (-3, 3)]
+    changes = [
+        (made(torch.cat([bag, made.head.weight.reshape(1, 1, 2) * size], 1)) - made(bag)).item() for size in (-3, 3)
+    ]
     assert min(changes) < 0 < max(changes)
 
 
