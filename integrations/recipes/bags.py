@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .digits import Digits
-from .pooling import pad_bags
+from .masks import pad_bags
 
 _ROOM = 2.0
-"""How far beyond its planted fraction a class's share of a bag goes."""
+"""How far a class's share of a bag goes, in planted fractions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +47,24 @@ def digit_bags(
     Args:
         digits: where instances are drawn from, with replacement.
         number: of bags.
-        fractions: of digits 0, 1, ..., each above 0 and up to 1.
+        fractions: of digits 0, 1, ..., fewer than ten, each above 0 and up to 1.
         sizes: the smallest and the largest bag.
         rng: decides everything.
 
     Returns:
-        Bags of pictures ``(B, N, 1, 8, 8)``, with as many classes as fractions. About half of them are about one class,
-        whose share is anything up to twice its fraction.
+        Bags of pictures ``(B, N, 1, 8, 8)``, with as many classes as fractions. The share of each is anything up to
+        twice its fraction, less where they do not fit; other digits fill the rest.
     """
     by_digit = [np.flatnonzero(digits.labels.numpy() == digit) for digit in range(10)]
     bags, labels = [], []
     for _ in range(number):
         size = int(rng.integers(sizes[0], sizes[1] + 1))
-        main = int(rng.integers(len(fractions)))
-        share = rng.uniform(0.0, min(1.0, _ROOM * fractions[main]))
-        mains = round(share * size)
-        others = rng.choice([digit for digit in range(10) if digit != main], size - mains)
-        held = np.concatenate([np.full(mains, main), others])
+        shares = rng.uniform(0.0, np.minimum(1.0, _ROOM * np.asarray(fractions)))
+        planted = np.repeat(
+            np.arange(len(fractions)), np.floor(shares / max(1.0, shares.sum()) * size + 0.5).astype(int)
+        )
+        others = rng.choice(np.arange(len(fractions), 10), max(0, size - len(planted)))
+        held = np.concatenate([rng.permutation(planted)[:size], others])
         bags.append(digits.pictures[torch.tensor([rng.choice(by_digit[digit]) for digit in held])])
         counts = np.bincount(held, minlength=10)
         # In whole numbers of a thousandth: 3 of 10 are 0.3.

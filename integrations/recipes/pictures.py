@@ -46,31 +46,35 @@ def draw_values(path: Path, values: Mapping[str, Sequence[float]], meaning: str)
 
 
 def draw_thresholds(
-    path: Path, fractions: Sequence[float], thresholds: Sequence[Sequence[float]], slope: float
+    path: Path, fractions: Sequence[float], thresholds: Mapping[float, Sequence[Sequence[float]]]
 ) -> None:
     """Draw Noisy-AND's curves, and the learned thresholds over the planted fractions.
 
     Args:
         path: of the PNG file.
         fractions: planted, one a class.
-        thresholds: learned, one list a seed.
-        slope: of the curves.
+        thresholds: learned, one list a seed, by slope; the curves are those of the steepest.
     """
     figure, (left, right) = _axes(2)
     means = torch.linspace(0, 1, 201)[:, None]
-    found = np.mean(thresholds, axis=0)
+    slope = max(thresholds)
+    found = np.mean(thresholds[slope], axis=0)
     for index, fraction in enumerate(fractions):
         with torch.no_grad():
             curve = NoisyAnd(1, slope=slope, start=float(np.clip(found[index], 0, 1))).curve(means)
         left.plot(means.flatten(), curve.flatten(), color=f"C{index}", label=f"digit {index}")
         left.axvline(fraction, color=f"C{index}", linestyle=":", linewidth=1)
-        right.plot(
-            [fraction] * len(thresholds), [each[index] for each in thresholds], "o", color=f"C{index}", alpha=0.6
-        )
-    left.set(title="Noisy-AND as learned; dotted: planted", xlabel="mean of the instances", ylabel="P of the bag")
+        for each, marker in zip(sorted(thresholds), "x+s^", strict=False):
+            values = [seed[index] for seed in thresholds[each]]
+            name = f"a = {each:g}" if index == 0 else None
+            right.plot([fraction] * len(values), values, marker, color=f"C{index}", alpha=0.8, label=name)
+    left.set(title=f"Noisy-AND, a = {slope:g}; dotted: planted", xlabel="mean of the instances", ylabel="P of the bag")
     left.legend(frameon=False)
     right.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
-    right.set(title="thresholds, a dot a seed", xlabel="planted fraction", ylabel="learned b", xlim=(0, 1), ylim=(0, 1))
+    right.set(
+        title="thresholds, a mark a seed", xlabel="planted fraction", ylabel="learned b", xlim=(0, 1), ylim=(0, 1)
+    )
+    right.legend(frameon=False)
     figure.savefig(path)
 
 

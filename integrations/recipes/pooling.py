@@ -12,7 +12,7 @@ and gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,33 +22,10 @@ from torch.nn import functional
 from distopt.errors import SettingError
 
 from .logspace import log1mexp, log_expm1, log_softplus, masked_logmeanexp, masked_logsumexp
+from .masks import check_count, checked_mask
 
 KINDS = ("noisy-and", "noisy-or", "isr", "lse", "max", "mean")
-"""What `pooling` makes; attention pools features instead, see `AttentionPooling`."""
-
-
-def pad_bags(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Lay bags of different sizes beside each other.
-
-    Args:
-        bags: each ``(n, ...)``, n at least 1.
-
-    Returns:
-        ``(B, N, ...)``, filled up with zeros, and the mask ``(B, N)``.
-
-    Raises:
-        SettingError: there is no bag, or one is empty.
-
-    Example:
-        >>> instances, mask = pad_bags([torch.ones(2, 3), torch.ones(1, 3)])
-        >>> instances.shape, mask.tolist()
-        (torch.Size([2, 2, 3]), [[True, True], [True, False]])
-    """
-    sizes = [len(bag) for bag in bags]
-    if not sizes or min(sizes) == 0:
-        raise SettingError("bags", sizes, "at least one bag, with at least one instance each")
-    mask = torch.arange(max(sizes), device=bags[0].device) < torch.tensor(sizes, device=bags[0].device)[:, None]
-    return nn.utils.rnn.pad_sequence(list(bags), batch_first=True), mask
+"""What `pooling` makes; attention pools features instead, see `attention`."""
 
 
 class Pooling(nn.Module):
@@ -99,7 +76,7 @@ class NoisyAnd(Pooling):
 
     def __init__(self, classes: int, *, slope: float = 10.0, start: float = 0.5) -> None:
         super().__init__()
-        _check_classes("NoisyAnd", classes)
+        check_count("NoisyAnd.classes", classes)
         if not (math.isfinite(slope) and slope > 0):
             raise SettingError("NoisyAnd.slope", slope, "a finite number above 0")
         if not 0 <= start <= 1:
@@ -251,66 +228,6 @@ def pooling(kind: str, classes: int) -> Pooling:
     return makers[kind]()
 
 
-class AttentionPooling(nn.Module):
-    """A weighted mean of the instances' features, whose weights are learned, and a linear layer.
-
-    It takes features ``(B, N, D)``, not log-odds, and is not monotone: a bag can be made less likely by adding an
-    instance (arXiv:2310.17867).
-
-    Args:
-        features: D.
-        classes: C.
-        hidden: width of the layer that scores instances.
-        gated: whether a second, sigmoid layer multiplies it.
-
-    Raises:
-        SettingError: a size is not an integer of at least 1.
-
-    Example:
-        >>> AttentionPooling(8, 3)(torch.zeros(2, 5, 8)).shape
-        torch.Size([2, 3])
-
-    Source: Ilse, Tomczak and Welling 2018 (arXiv:1802.04712), equations 8 and 9.
-    """
-
-    def __init__(self, features: int, classes: int, *, hidden: int = 32, gated: bool = False) -> None:
-        super().__init__()
-        for name, value in (("features", features), ("classes", classes), ("hidden", hidden)):
-            _check_count(f"AttentionPooling.{name}", value)
-        self.tanh = nn.Linear(features, hidden)
-        self.gate = nn.Linear(features, hidden) if gated else None
-        self.score = nn.Linear(hidden, 1)
-        self.head = nn.Linear(features, classes)
-
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Features ``(B, N, D)`` and a mask ``(B, N)`` to log-odds ``(B, C)``; errors as `Pooling.forward`'s."""
-        mask = checked_mask(features, mask)
-        kept = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-        hidden = torch.tanh(self.tanh(kept))
-        if self.gate is not None:
-            hidden = hidden * torch.sigmoid(self.gate(kept))
-        scores = self.score(hidden).masked_fill(~mask.unsqueeze(-1), -math.inf)
-        return self.head((scores.softmax(1) * kept).sum(1))
-
-
-def checked_mask(instances: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask ``(B, N)`` of ``(B, N, C)``, all of it where none is given.
-
-    Raises:
-        SettingError: shapes do not fit, or a bag has no instance.
-    """
-    if instances.dim() != 3 or instances.shape[1] == 0:
-        raise SettingError("the shape of instances", tuple(instances.shape), "(bags, instances, classes or features)")
-    if mask is None:
-        return torch.ones(instances.shape[:2], dtype=torch.bool, device=instances.device)
-    if mask.dtype != torch.bool or mask.shape != instances.shape[:2]:
-        raise SettingError("mask", (mask.dtype, tuple(mask.shape)), f"of bools, {tuple(instances.shape[:2])}")
-    if not bool(mask.any(1).all()):
-        empty = (~mask.any(1)).nonzero().flatten().tolist()
-        raise SettingError("mask", f"without an instance in bags {empty}", "true for at least one instance a bag")
-    return mask
-
-
 class _Clamped(torch.autograd.Function):
     """Clamps to [0, 1]; a gradient passes from outside as well, but only if a step along it leads back."""
 
@@ -337,12 +254,3 @@ def _log_of_minus_log1mexp(v: Tensor) -> Tensor:
     tiny = v < -15.0
     kept = torch.where(tiny, -1.0, v)
     return torch.where(tiny, v + torch.exp(torch.where(tiny, v, -15.0)) / 2, torch.log(-log1mexp(kept)))
-
-
-def _check_classes(owner: str, classes: object) -> None:
-    _check_count(f"{owner}.classes", classes)
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SettingError(name, value, "an integer of at least 1")

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import pictures
+from .attention import AttentionPooling
 from .bags import UNIT_TESTS, Bags, digit_bags, unit_test_bags
 from .digits import digits
-from .pooling import KINDS, AttentionPooling, NoisyAnd, pooling
+from .pooling import KINDS, NoisyAnd, pooling
 from .results import Results, write_json
 from .settings import BagsSettings
 from .training import Place, fit
 
-WAYS = (*KINDS, "attention")
+STEEPER = "noisy-and, twice as steep"
+WAYS = (STEEPER, *KINDS, "attention")
 TEST_BAGS = 400
 _THRESHOLD_RATE = 5.0
 """How much faster thresholds learn than the network: they have half of their range to go."""
@@ -29,14 +31,14 @@ class BagNetwork(nn.Module):
         inputs: numbers of an instance.
         classes: how many.
         kind: one of `WAYS`.
-        slope: of Noisy-AND.
+        slope: a of Noisy-AND.
     """
 
     def __init__(self, inputs: int, classes: int, kind: str, slope: float = 10.0) -> None:
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
         self.head = None if kind == "attention" else nn.Linear(32, classes)
-        made = NoisyAnd(classes, slope=slope) if kind == "noisy-and" else None
+        made = NoisyAnd(classes, slope=slope) if kind in ("noisy-and", STEEPER) else None
         attention = AttentionPooling(32, classes) if kind == "attention" else None
         self.pooling = made or attention or pooling(kind, classes)
 
@@ -56,14 +58,14 @@ def run(settings: BagsSettings, out: Path, place: Place) -> None:
     """
     names = ("digits",) if settings.data == "digits" else UNIT_TESTS
     results = Results()
-    thresholds: list[list[float]] = []
+    thresholds: dict[float, list[list[float]]] = {}
     for seed in range(settings.seed, settings.seed + settings.seeds):
         for way in WAYS:
             for name in names:
                 model, figures = train(name, way, settings, place, seed)
                 results.add(way, figures)
                 if isinstance(model.pooling, NoisyAnd) and name == "digits":
-                    thresholds.append(model.pooling.threshold.tolist())
+                    thresholds.setdefault(model.pooling.slope, []).append(model.pooling.threshold.tolist())
                 if place.rank == 0:
                     told = "  ".join(f"{figure} {value:.3f}" for figure, value in figures.items())
                     print(f"seed {seed}  {way}: {told}", flush=True)
@@ -72,7 +74,7 @@ def run(settings: BagsSettings, out: Path, place: Place) -> None:
         content = {"settings": dataclasses.asdict(settings), "ranks": place.ranks, "ways": results.as_json()}
         write_json(out / "results.json", {**content, "thresholds": thresholds})
         if thresholds:
-            pictures.draw_thresholds(out / "thresholds.png", settings.fractions, thresholds, settings.slope)
+            pictures.draw_thresholds(out / "thresholds.png", settings.fractions, thresholds)
 
 
 def columns(settings: BagsSettings) -> dict[str, tuple[str, int]]:
@@ -96,7 +98,8 @@ def train(name: str, way: str, settings: BagsSettings, place: Place, seed: int) 
     else:
         training = unit_test_bags(name, settings.bags, train=True, rng=rng)
         test = unit_test_bags(name, TEST_BAGS, train=False, rng=rng)
-    model = BagNetwork(training.instances[0, 0].numel(), training.labels.shape[1], way, settings.slope)
+    slope = settings.slope * (2 if way == STEEPER else 1)
+    model = BagNetwork(training.instances[0, 0].numel(), training.labels.shape[1], way, slope)
 
     def loss(wrapped: nn.Module, batch: Bags) -> Tensor:
         logits = wrapped(batch.instances.to(place.device), batch.mask.to(place.device))

@@ -50,14 +50,16 @@ class BagsSettings(Study):
     """Of the run that learns from bags."""
 
     data: str = choice("digits", ("digits", "unit-tests"), "digits, or the algorithmic unit-tests of arXiv:2310.17867")
+    steps: int = number(800, 1, 1_000_000, "optimizer steps of each training")
+    learning_rate: float = number(5e-3, 1e-6, 10.0, "AdamW's, at the start; it falls to 0 as a half cosine")
     batch: int = number(8, 1, 65_536, "bags of a rank in each micro-batch")
     accumulate: int = number(2, 1, 1024, "micro-batches of a rank in each step")
     bags: int = number(800, 10, 100_000, "bags to train on")
     fractions: tuple[float, float, float, float] = number(
-        (0.2, 0.3, 0.4, 0.5), 0.01, 1.0, "share of a bag from which on it is positive, for the digits 0 to 3"
+        (0.1, 0.2, 0.3, 0.4), 0.01, 1.0, "share of a bag from which on it is positive, for the digits 0 to 3"
     )
     sizes: tuple[int, int] = number((10, 30), 1, 1000, "instances of the smallest and of the largest bag")
-    slope: float = number(10.0, 0.1, 1000.0, "a of Noisy-AND")
+    slope: float = number(10.0, 0.1, 1000.0, "a of Noisy-AND, which is also trained with twice that")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,13 +32,12 @@ class Sampler(DistributedSampler):
     def __iter__(self):
         return itertools.islice(super().__iter__(), self.position, None)
 
-    def __len__(self):
-        return super().__len__() - self.position
-
     def state_dict(self):
+        """Where it stands."""
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state):
+        """Go on from there."""
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
 
@@ -52,8 +51,8 @@ def data():
 
 def network():
     """64 pixels to 10 logits; dropout shows whether random numbers go on where they were."""
-    hidden = nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.2)
-    return nn.Sequential(*hidden, nn.Linear(256, 10))
+    first, second, last = nn.Linear(64, 256), nn.Linear(256, 256), nn.Linear(256, 10)
+    return nn.Sequential(first, nn.ReLU(), nn.Dropout(0.2), second, nn.ReLU(), last)
 
 
 def train(out, device, *, epochs=20, batch=32, rank=4, learning_rate=0.05, save_every=50, seed=0):
@@ -62,9 +61,8 @@ def train(out, device, *, epochs=20, batch=32, rank=4, learning_rate=0.05, save_
     torch.manual_seed(seed)
     model = DDP(network().to(device), device_ids=[device.index] if device.type == "cuda" else None)
     torch.manual_seed(seed + 1 + dist.get_rank())  # each rank has noise of its own from here on
-    reducer = distopt.PowerSGD(rank=rank) if rank else distopt.AllReduce()
-    registration = distopt.register(model, reducer)  # the one line: DDP's own averaging without it
-
+    # The one line. AllReduce is what DDP does by itself.
+    registration = distopt.register(model, distopt.PowerSGD(rank=rank) if rank else distopt.AllReduce())
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     sampler = Sampler(training, seed=seed, drop_last=True)
@@ -72,8 +70,7 @@ def train(out, device, *, epochs=20, batch=32, rank=4, learning_rate=0.05, save_
     loader = DataLoader(training, batch, sampler=sampler, generator=torch.Generator())
 
     # Random generators of every rank are saved as well, without being named.
-    things = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    things |= {"sampler": sampler, "registration": registration}
+    things = dict(model=model, optimizer=optimizer, scheduler=scheduler, sampler=sampler, registration=registration)
     step = checkpoint.load(out, **things) if checkpoint.latest(out) is not None else 0
     while sampler.epoch < epochs:
         for some, answers in loader:
@@ -90,9 +87,8 @@ def train(out, device, *, epochs=20, batch=32, rank=4, learning_rate=0.05, save_
         sampler.set_epoch(sampler.epoch + 1)
         sampler.position = 0
 
-    model.eval()
     with torch.no_grad():
-        error = (model(pictures.to(device)).argmax(1).cpu() != labels).float().mean().item()
+        error = (model.eval()(pictures.to(device)).argmax(1).cpu() != labels).float().mean().item()
     weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"steps": step, "test_error": 100 * error, "saving": registration.stats().saving, "weights": weights[:16]}
 
@@ -101,10 +97,9 @@ def main():
     """Read the command line, join the other ranks, and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/trainer"), help="a folder that all nodes see")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rank", type=int, default=4, help="of PowerSGD; 0 leaves the averaging to DDP")
-    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--seed", type=int, default=0)
+    numbers = {"--epochs": 20, "--batch": 32, "--rank": 4, "--learning-rate": 0.05, "--save-every": 50, "--seed": 0}
+    for name, default in numbers.items():
+        parser.add_argument(name, type=type(default), default=default, help=f"default: {default}")
     chosen = parser.parse_args()
     device = torch.device("cpu")
     if torch.cuda.is_available():

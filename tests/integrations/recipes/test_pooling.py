@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from distopt.integrations.recipes import pooling
+from distopt.integrations.recipes.attention import AttentionPooling
 from distopt.integrations.recipes.logspace import log1mexp, log_expm1, log_softplus
-from distopt.integrations.recipes.pooling import KINDS, AttentionPooling, LogSumExp, NoisyAnd, NoisyOr, pad_bags
+from distopt.integrations.recipes.masks import pad_bags
+from distopt.integrations.recipes.pooling import KINDS, LogSumExp, NoisyAnd, NoisyOr
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from distopt.integrations.recipes.uncertainty import FORMS, KINDS, UncertaintyWeights, parameter_groups
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -13,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distopt
 from distopt.errors import SettingError
-from distopt.integrations.recipes.uncertainty import FORMS, KINDS, UncertaintyWeights, parameter_groups
 from tests.processes import run_ranks
 
 losses = st.floats(1e-4, 1e4)
@@ -85,7 +85,7 @@ def test_the_value_at_the_optimum(kind, loss, value):
 @pytest.mark.parametrize("loss", [0.25, 2.0, 40.0])
 def test_training_finds_the_optimum(kind, loss, form):
     made = UncertaintyWeights({"a": kind}, form=form)
-    optimizer = torch.optim.AdamW(parameter_groups(made, weight_decay=0.5), lr=0.2)
+    optimizer = torch.optim.AdamW(parameter_groups(made, weight_decay=0.5, betas=(0.9, 0.9)), lr=0.2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** (max(0, step - 60) / 20))
     for _ in range(300):
         optimizer.zero_grad()
@@ -248,3 +248,16 @@ def test_weights_outside_of_ddp_drift_apart_inside_they_do_not():
     (own_a, shared_a), (own_b, shared_b) = run_ranks(2, outside)
     assert own_a != own_b
     assert shared_a == shared_b == pytest.approx((own_a + own_b) / 2)
+
+
+@given(depth=losses, label=losses, form=forms)
+def test_starts_where_it_would_settle(depth, label, form):
+    made = UncertaintyWeights(BOTH, form=form).double()
+    made.start({"class": label, "depth": depth})
+    made(numbers({"depth": depth, "class": label})).backward()
+    assert made.log_variances.grad.abs().max() < 1e-6
+
+
+def test_starts_on_sound_losses_only():
+    with pytest.raises(SettingError, match=r"losses\['class'\] is 0.0, but must be a finite number above 0"):
+        UncertaintyWeights(BOTH).start({"class": 0.0, "depth": 1.0})
