@@ -38,7 +38,7 @@ def digits(seed: int = 0) -> tuple[Digits, Digits]:
         InputError: scikit-learn is not installed.
     """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise InputError("scikit-learn, which carries the digits, is missing: pip install 'distopt[recipes]'") from None
     pictures, labels = load_digits(return_X_y=True)

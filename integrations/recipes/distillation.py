@@ -74,7 +74,7 @@ class SelfDistillation:
         >>> round(terms.total.item(), 4), terms.forwards.item(), terms.discrepancy.item()
         (2.7726, 0.0, 0.0)
 
-    Source: Xu and Liu 2019, Data-Distortion Guided Self-Distillation for Deep Neural Networks (AAAI), section 3.
+    Source: Xu and Liu 2019, Data-Distortion Guided Self-Distillation for Deep Neural Networks (AAAI).
     """
 
     agreement: float = 1.0
@@ -156,7 +156,8 @@ def both_views(
     if first.shape != second.shape:
         raise SettingError("the views", [tuple(first.shape), tuple(second.shape)], "of the same shape")
     logits, features = model(torch.cat([first, second]))
-    return (*logits.tensor_split(2), *features.tensor_split(2))
+    of_logits, of_features = logits.tensor_split(2), features.tensor_split(2)
+    return of_logits[0], of_logits[1], of_features[0], of_features[1]
 
 
 def _full(numbers: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ def log1mexp(x: Tensor) -> Tensor:
     """``ln(1 - exp(x))`` for x at most 0, by whichever of two forms loses nothing.
 
     Example:
-        >>> log1mexp(torch.tensor([-1e-20, -100.0], dtype=torch.float64)).exp().tolist()
-        [1.0000000000000005e-20, 1.0]
+        >>> log1mexp(torch.tensor([-1e-20, -0.5], dtype=torch.float64)).tolist()
+        [-46.05170185988091, -0.9327521295671886]
     """
     near = x > -_LN2
     # Each branch is given what it can bear: a gradient of infinity times 0 would be NaN.

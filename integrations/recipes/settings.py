@@ -50,7 +50,7 @@ class BagsSettings(Study):
     """Of the run that learns from bags."""
 
     data: str = choice("digits", ("digits", "unit-tests"), "digits, or the algorithmic unit-tests of arXiv:2310.17867")
-    steps: int = number(800, 1, 1_000_000, "optimizer steps of each training")
+    steps: int = number(600, 1, 1_000_000, "optimizer steps of each training")
     learning_rate: float = number(5e-3, 1e-6, 10.0, "AdamW's, at the start; it falls to 0 as a half cosine")
     batch: int = number(8, 1, 65_536, "bags of a rank in each micro-batch")
     accumulate: int = number(2, 1, 1024, "micro-batches of a rank in each step")

@@ -44,7 +44,7 @@ class UncertaintyWeights(nn.Module):
         {'depth': 0.5, 'class': 1.0}
 
     Source: Kendall, Gal and Cipolla 2018 (arXiv:1705.07115), equations 7 and 10; the revised form is that of Liebel and
-    Koerner 2018 (arXiv:1805.06334), equation 3.
+    Koerner 2018 (arXiv:1805.06334).
     """
 
     def __init__(self, tasks: Mapping[str, str], *, form: str = "likelihood") -> None:
