@@ -1,0 +1,1 @@
+"""Recipes: their laws first, then short runs."""
