@@ -143,7 +143,7 @@ def convolution(inputs: int, outputs: int, kernel: int = 1, gain: float = 1.0) -
 
 
 def edge_weights(pictures: Tensor, more: float) -> Tensor:
-    """Weights ``(B, 1, S, S)`` of mean 1 of the pixels: ``1 + more`` beside an edge, 1 elsewhere, then scaled.
+    """Weights ``(B, 1, S, S)`` of pixels, of mean 1 in each picture: ``1 + more`` times as much beside an edge.
 
     An edge is between neighbours that differ by more than 0.1 in some channel.
 
@@ -155,4 +155,4 @@ def edge_weights(pictures: Tensor, more: float) -> Tensor:
     along = (pictures.diff(dim=3).abs().amax(1, keepdim=True) > 0.1).float()
     edge = F.pad(down, (0, 0, 0, 1)) + F.pad(down, (0, 0, 1, 0)) + F.pad(along, (0, 1)) + F.pad(along, (1, 0))
     weights = 1 + more * (edge > 0).float()
-    return weights / weights.mean()
+    return weights / weights.mean((1, 2, 3), keepdim=True)
