@@ -40,6 +40,7 @@ class TrainSettings:
     learning_rate: float = number(4e-3, 1e-7, 1, "the highest; it warms up and falls as a half cosine")
     edges: float = number(4.0, 0, 1000, "how much more errors beside an edge weigh")
     rank: int = number(4, 0, 1024, "of PowerSGD; 0 averages gradients exactly")
+    judged: int = number(1024, 4, 1_000_000, "pictures that it is judged by")
     save_every: int = number(500, 0, 10_000_000, "steps from one checkpoint to the next; 0 for none")
     seed: int = number(0, 0, MAX_SEED, "decides weights, pictures and noise")
 
