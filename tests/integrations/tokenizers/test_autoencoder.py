@@ -119,8 +119,11 @@ def test_judging_by_hand():
     source = DrawnScenes()
     found = judge(model, source, n=300, seed=5)
     rng = np.random.default_rng([5, 0x1D6E])
-    drawn = [source.judged(256, rng), source.training(256, rng), source.judged(44, rng), source.training(44, rng)]
-    pictures, indices = torch.cat(drawn[::2]), model.tokenize(torch.cat(drawn[1::2]))
+    judged, counted = [], []
+    for size in (256, 44):
+        judged.append(source.judged(size, rng))
+        counted += [source.training(size, rng) for _ in range(4)]
+    pictures, indices = torch.cat(judged), model.tokenize(torch.cat(counted))
     back = model.decode(model.tokenize(pictures))
     assert found["mse"] == pytest.approx((back - pictures).square().mean().item(), rel=1e-5)
     assert found["used"] == indices.unique().numel() / 16
