@@ -1,4 +1,4 @@
-"""Which autoencoders the commands ``compare`` and ``curve`` train: all alike but for the bottleneck. Knows no torch."""
+"""Which autoencoders the commands ``compare`` and ``curve`` train: alike but for the bottleneck. Knows no torch."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -9,6 +9,7 @@ from distopt.errors import SettingError
 from .settings import TrainSettings
 
 CURVE_KINDS = ("vq", "ema", "simvq")
+_RELAXED = "beta = 0.0001, usage = 0.01"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Entry:
 
 
 COMPARED: Mapping[str, Mapping[str, Any]] = {
-    "gaussian": {"bottleneck": "gaussian", "options": "beta = 0.01"},
-    "relaxed": {"bottleneck": "relaxed", "options": "beta = 0.01, usage = 0.002"},
-    "relaxed-st": {"bottleneck": "relaxed_st", "options": "beta = 0.01, usage = 0.002"},
+    "gaussian": {"bottleneck": "gaussian", "options": "beta = 0.00001"},
+    "relaxed": {"bottleneck": "relaxed", "options": _RELAXED, "learning_rate": 2e-3},
+    "relaxed-st": {"bottleneck": "relaxed_st", "options": _RELAXED, "learning_rate": 2e-3},
     "vq": {"bottleneck": "vq", "start": False},
     "vq-started": {"bottleneck": "vq"},
     "vq-rotation": {"bottleneck": "vq", "options": "rotation = true"},
@@ -38,7 +39,10 @@ COMPARED: Mapping[str, Mapping[str, Any]] = {
     "fsq": {"bottleneck": "fsq"},
     "lfq": {"bottleneck": "lfq"},
 }
-"""The rows of ``compare``, and what each sets. Codes start from data where the kind can, but for "vq"."""
+"""The rows of ``compare``, and what each sets. Codes start from data where the kind can, but for "vq".
+
+A relaxed categorical loses its codes at the others' learning rate: its logits follow every step of the encoder at once.
+"""
 
 
 def compared(base: TrainSettings) -> list[Entry]:
