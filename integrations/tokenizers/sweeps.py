@@ -8,7 +8,13 @@ from distopt.errors import SettingError
 
 from .settings import TrainSettings
 
-CURVE_KINDS = ("vq", "ema", "simvq")
+CURVED: Mapping[str, Mapping[str, Any]] = {
+    "vq": {"bottleneck": "vq"},
+    "ema": {"bottleneck": "ema"},
+    "ema-unreplaced": {"bottleneck": "ema", "options": "dead = 0.0"},
+    "simvq": {"bottleneck": "simvq"},
+}
+"""The lines of ``curve``, and what each sets."""
 _RELAXED = "beta = 0.0001, usage = 0.01"
 
 
@@ -55,16 +61,16 @@ def compared(base: TrainSettings) -> list[Entry]:
     return [Entry(name, dataclasses.replace(base, **given)) for name, given in COMPARED.items()]
 
 
-def curve(base: TrainSettings, sizes: Iterable[int], kinds: Iterable[str] = CURVE_KINDS) -> list[Entry]:
+def curve(base: TrainSettings, sizes: Iterable[int]) -> list[Entry]:
     """Codebooks of several sizes, none of which starts from data, so that only what is learned differs.
 
     Example:
-        >>> [entry.name for entry in curve(TrainSettings(), [64, 4096], ["vq", "simvq"])]
-        ['vq-64', 'vq-4096', 'simvq-64', 'simvq-4096']
+        >>> [entry.name for entry in curve(TrainSettings(), [64, 4096])][:4]
+        ['vq-64', 'vq-4096', 'ema-64', 'ema-4096']
     """
     return [
-        Entry(f"{kind}-{size}", dataclasses.replace(base, bottleneck=kind, codes=size, start=False))
-        for kind in kinds
+        Entry(f"{line}-{size}", dataclasses.replace(base, **given, codes=size, start=False))
+        for line, given in CURVED.items()
         for size in sizes
     ]
 
