@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
-from distopt.integrations.dalle.kmeans import kmeans
+from distopt.integrations.tokenizers.kmeans import kmeans
 from distopt.integrations.dalle.relaxed import edge_weights, gumbel, logit_laplace
 from hypothesis import given, settings
 from hypothesis import strategies as st
