@@ -83,24 +83,24 @@ class Discriminator(nn.Module):
         check_sizes(sizes)
         self.sizes = sizes
         deep = sizes.kind == "deep"
-        width = sizes.width
         self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
         # A deep block keeps the channels that come in, so there a kernel makes more of the picture's three first.
-        self.first = kernel(3, max(1, width // 2), 3) if deep else nn.Identity()
-        before, side = (max(1, width // 2) if deep else 3), sizes.size
+        self.first = kernel(3, sizes.width, 3) if deep else nn.Identity()
+        before, side = (sizes.width if deep else 3), sizes.size
         while side > 4:
+            after = sizes.channels(side // 2) if deep else sizes.channels(side)
             if deep:
-                self.blocks.append(DeepDiscriminatorBlock(before, width, halves=True))
-                self.blocks.append(DeepDiscriminatorBlock(width, width, halves=False))
+                self.blocks.append(DeepDiscriminatorBlock(before, after, halves=True))
+                self.blocks.append(DeepDiscriminatorBlock(after, after, halves=False))
             else:
-                self.blocks.append(DiscriminatorBlock(before, width, first=side == sizes.size))
-            before, side = width, side // 2
+                self.blocks.append(DiscriminatorBlock(before, after, first=side == sizes.size))
+            before, side = after, side // 2
             if side == sizes.attention:
-                self.attention[str(len(self.blocks) - 1)] = SelfAttention(width)
+                self.attention[str(len(self.blocks) - 1)] = SelfAttention(after)
         if not deep:
-            self.blocks.append(DiscriminatorBlock(width, width, halves=False))
-        self.score = nn.Linear(width, 1)
-        self.classes = nn.Embedding(sizes.classes, width)
+            self.blocks.append(DiscriminatorBlock(before, sizes.channels(4), halves=False))
+        self.score = nn.Linear(sizes.channels(4), 1)
+        self.classes = nn.Embedding(sizes.classes, sizes.channels(4))
         normalise(self)
 
     def forward(self, pictures: Tensor, classes: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 ========  ====================================================================================
 picture   16 x 16 RGB on plain grey, hard edges
-class     one of 6 shapes
-the rest  one of 8 colours, any of 81 places: 648 pictures a class, 3,888 in all
+class     one of 6 shapes, 12 pixels across
+the rest  one of 8 colours, any of 25 places: 200 pictures a class, 1,200 in all
 ========  ====================================================================================
 
-The reader is that of the drawn scenes, for one thing: every pixel takes the nearest palette colour; a picture is readable
-if exactly one component of one colour has `MIN_PIXELS` pixels or more, all other pixels that are not background number
-fewer in all, and the component overlaps one shape at one place best, by `MIN_IOU` or more. Nothing of it is learned.
+The reader is that of the drawn scenes, for one thing: every pixel takes the nearest palette colour; a picture is
+readable if exactly one component of one colour has `MIN_PIXELS` pixels or more, all other pixels that are not
+background number fewer in all, and the component overlaps one shape at one place best, by `MIN_IOU` or more. Nothing of
+it is learned.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from ..scenes.draw import COLOURS, PALETTE, SHAPES, mask, to_uint8
 from ..scenes.read import MIN_IOU, MIN_PIXELS, connected_components, nearest_colours
 
 SIZE = 16
-DIAMETER = 8
+DIAMETER = 12
 CLASSES = SHAPES
 PLACES = (SIZE - DIAMETER + 1) ** 2
 CONTENTS = len(COLOURS) * PLACES
@@ -49,12 +50,12 @@ def everything() -> tuple[Tensor, Tensor]:
     """Draw every picture that there is.
 
     Returns:
-        Pictures ``(3888, 3, 16, 16)`` float32 in [-1, 1], and their classes, int64 ``(3888,)``.
+        Pictures ``(1200, 3, 16, 16)`` float32 in [-1, 1], and their classes, int64 ``(1200,)``.
 
     Example:
         >>> pictures, classes = everything()
         >>> pictures.shape, classes.bincount().tolist()
-        (torch.Size([3888, 3, 16, 16]), [648, 648, 648, 648, 648, 648])
+        (torch.Size([1200, 3, 16, 16]), [200, 200, 200, 200, 200, 200])
     """
     masks, shapes = _templates()
     colours = np.arange(1, len(PALETTE)).reshape(-1, 1, 1, 1)
@@ -137,7 +138,7 @@ def _different(readings: Sequence[Reading | None]) -> int:
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Every shape at every place, bool ``(486, 16, 16)``, and the index of its shape."""
+    """Every shape at every place, bool ``(150, 16, 16)``, and the index of its shape."""
     steps = SIZE - DIAMETER + 1
     bank = np.zeros((len(SHAPES), steps, steps, SIZE, SIZE), dtype=bool)
     for index, shape in enumerate(SHAPES):

@@ -90,16 +90,17 @@ class Generator(nn.Module):
         chunk = sizes.noise // self.chunks
         condition = sizes.shared + chunk
         self.classes = nn.Embedding(sizes.classes, sizes.shared)
-        self.first = nn.Linear(condition if deep else chunk, sizes.width * 16)
+        self.first = nn.Linear(condition if deep else chunk, sizes.channels(4) * 16)
         self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
-        for level in range(sizes.levels):
+        for side in (4 << level for level in range(sizes.levels)):
+            before, after = sizes.channels(side), sizes.channels(2 * side)
             if deep:
-                self.blocks.append(DeepGeneratorBlock(sizes.width, sizes.width, condition, doubles=False))
-                self.blocks.append(DeepGeneratorBlock(sizes.width, sizes.width, condition, doubles=True))
+                self.blocks.append(DeepGeneratorBlock(before, before, condition, doubles=False))
+                self.blocks.append(DeepGeneratorBlock(before, after, condition, doubles=True))
             else:
-                self.blocks.append(GeneratorBlock(sizes.width, sizes.width, condition))
-            if 8 << level == sizes.attention:
-                self.attention[str(len(self.blocks) - 1)] = SelfAttention(sizes.width)
+                self.blocks.append(GeneratorBlock(before, after, condition))
+            if 2 * side == sizes.attention:
+                self.attention[str(len(self.blocks) - 1)] = SelfAttention(after)
         self.norm = nn.BatchNorm2d(sizes.width, eps=1e-4)
         self.last = kernel(sizes.width, 3, 3)
         for part in (self.first, self.blocks, self.attention, self.last):
@@ -119,7 +120,7 @@ class Generator(nn.Module):
         chunks = noise.chunk(self.chunks, dim=1)
         conditions = [torch.cat([shared, chunk], dim=1) for chunk in chunks]
         hidden = self.first(conditions[0] if self.chunks == 1 else chunks[0])
-        hidden = hidden.unflatten(1, (self.sizes.width, 4, 4))
+        hidden = hidden.unflatten(1, (-1, 4, 4))
         for place, block in enumerate(self.blocks):
             hidden = block(hidden, conditions[0] if self.chunks == 1 else conditions[1 + place])
             if str(place) in self.attention:

@@ -12,7 +12,7 @@ class Sizes:
     Args:
         classes: how many.
         size: side of the pictures: 4 times a power of two, at least 8.
-        width: channels at every resolution, a multiple of 8.
+        width: channels at full resolution, a multiple of 8; twice as many at half of it, and so on down to 4 x 4.
         noise: numbers of noise, of which the hierarchical generator gives an equal part to its first layer and to each
             of its blocks.
         shared: width of the classes' embedding in the generator.
@@ -20,13 +20,14 @@ class Sizes:
         kind: "hierarchical" or "deep".
 
     Example:
-        >>> Sizes(classes=6).levels
-        2
+        >>> sizes = Sizes(classes=6, size=32)
+        >>> sizes.levels, [sizes.channels(side) for side in (4, 8, 16, 32)]
+        (3, [128, 64, 32, 16])
     """
 
     classes: int
     size: int = 16
-    width: int = 32
+    width: int = 16
     noise: int = 48
     shared: int = 32
     attention: int = 8
@@ -36,6 +37,10 @@ class Sizes:
     def levels(self) -> int:
         """How often the resolution is doubled from 4 x 4."""
         return (self.size // 4).bit_length() - 1
+
+    def channels(self, side: int) -> int:
+        """Channels at the resolution ``side`` x ``side``."""
+        return self.width * self.size // side
 
 
 def check_sizes(sizes: Sizes) -> None:

@@ -2,7 +2,8 @@
 
 A block Krylov method: a random block is multiplied by ``A A^T`` again and again, and all that comes out is kept and
 orthonormalised; the singular values of ``A`` on its span are those sought, from below. A power iteration on one vector
-would stall where two singular values are nearly equal, and a Krylov space of one vector finds only one of two equal ones.
+would stall where two singular values are nearly equal, and a Krylov space of one vector finds only one of two equal
+ones.
 
 ====  ==================================================
 A     a weight as a matrix ``(m, n)``, its smaller side first
@@ -10,7 +11,8 @@ Q     the orthonormal basis so far, ``(m, k)``
 B     ``A^T Q``, ``(n, k)``
 ====  ==================================================
 
-Source: Golub and Underwood 1977, "The block Lanczos method"; Brock et al. 2019 (arXiv:1809.11096), section 4 and appendix F.
+Source: Golub and Underwood 1977, "The block Lanczos method"; Brock et al. 2019 (arXiv:1809.11096), section 4 and
+appendix F.
 """
 
 import torch
@@ -31,8 +33,8 @@ def top_singular_values(weight: Tensor, count: int = 3) -> Tensor:
     """The ``count`` largest singular values of a weight, equal ones as often as they occur.
 
     Args:
-        weight: of two dimensions or more, the first of which is kept; neither its gradient nor the random numbers of the
-            program change.
+        weight: of two dimensions or more, the first of which is kept; neither its gradient nor the random numbers of
+            the program change.
         count: how many; zeros stand for those that the matrix does not have.
 
     Returns:
@@ -42,7 +44,7 @@ def top_singular_values(weight: Tensor, count: int = 3) -> Tensor:
         SettingError: ``count`` is less than 1, or the weight has fewer than two dimensions.
 
     Example:
-        >>> top_singular_values(torch.diag(torch.tensor([1.0, 5.0, 5.0, 2.0]))).tolist()
+        >>> top_singular_values(torch.diag(torch.tensor([1.0, 5.0, 5.0, 2.0]))).round(decimals=6).tolist()
         [5.0, 5.0, 2.0]
     """
     if count < 1:

@@ -1,11 +1,12 @@
 """Spectral normalisation of every weight, with one power iteration an optimizer step, however often forward runs.
 
-The normalisation is torch's own: ``W / sigma`` with ``sigma = u^T W v``. Its vectors u and v are buffers that each forward
-pass in training mode moves on. In a GAN that is too often: the discriminator judges for both networks, and micro-batches
-of one step would see different weights, so that their sum would not be the gradient of one big batch. `held` stops that.
+The normalisation is torch's own: ``W / sigma`` with ``sigma = u^T W v``. Its vectors u and v are buffers that each
+forward pass in training mode moves on. In a GAN that is too often: the discriminator judges for both networks, and
+micro-batches of one step would see different weights, so that their sum would not be the gradient of one big batch.
+`held` stops that.
 
 u and v are functions of their start and of the weights, so replicas with equal weights keep equal vectors: DDP need not
-broadcast them (``broadcast_buffers=False``), once it has made them equal when it wrapped the model.
+broadcast them before forward (``forward_sync_buffers=False``), if they are equal where it wraps the model.
 
 Source: Miyato et al. 2018 (arXiv:1802.05957), algorithm 1; Brock et al. 2019 (arXiv:1809.11096), appendix C.
 """

@@ -1,8 +1,9 @@
 """Standing statistics: what batch norms are to use when single pictures are drawn.
 
-Running statistics follow a network that changes, under untruncated noise. The averaged network has had none of its own, and
-truncated noise has others. So they are measured anew: passes in which batch norms alone are in training mode, averaged.
-``torch.optim.swa_utils.update_bn`` puts the whole model in training mode, in which spectral norms move on, too.
+Running statistics follow a network that changes, under untruncated noise. The averaged network has had none of its own,
+and truncated noise has others. So they are measured anew: passes in which batch norms alone are in training mode,
+averaged. ``torch.optim.swa_utils.update_bn`` puts the whole model in training mode, in which spectral norms move on,
+too.
 """
 
 from collections.abc import Callable

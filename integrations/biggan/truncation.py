@@ -18,8 +18,8 @@ def truncated_normal(
 ) -> Tensor:
     """Draw from the standard normal distribution, given that no number is larger than a threshold.
 
-    Every number that is larger is drawn again, until it is not; the others are those of the untruncated draw by the same
-    generator. Clipping would put a mass on the threshold itself, and scaling would still reach beyond it.
+    Every number that is larger is drawn again, until it is not; the others are those of the untruncated draw by the
+    same generator. Clipping would put a mass on the threshold itself, and scaling would still reach beyond it.
 
     Args:
         shape: of the result.
