@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scenes.draw import COLOURS, PALETTE, SHAPES, mask, to_uint8
+from ..scenes.draw import COLOURS, PALETTE, mask, to_uint8
 from ..scenes.read import MIN_IOU, MIN_PIXELS, connected_components, nearest_colours
+from .settings import CLASSES, SIZE
 
-SIZE = 16
 DIAMETER = 12
-CLASSES = SHAPES
 PLACES = (SIZE - DIAMETER + 1) ** 2
 CONTENTS = len(COLOURS) * PLACES
 """Different pictures a class."""
@@ -140,19 +139,19 @@ def _different(readings: Sequence[Reading | None]) -> int:
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Every shape at every place, bool ``(150, 16, 16)``, and the index of its shape."""
     steps = SIZE - DIAMETER + 1
-    bank = np.zeros((len(SHAPES), steps, steps, SIZE, SIZE), dtype=bool)
-    for index, shape in enumerate(SHAPES):
+    bank = np.zeros((len(CLASSES), steps, steps, SIZE, SIZE), dtype=bool)
+    for index, shape in enumerate(CLASSES):
         for top in range(steps):
             for left in range(steps):
                 bank[index, top, left, top : top + DIAMETER, left : left + DIAMETER] = mask(shape, DIAMETER)
-    return bank.reshape(-1, SIZE, SIZE), np.repeat(np.arange(len(SHAPES)), PLACES)
+    return bank.reshape(-1, SIZE, SIZE), np.repeat(np.arange(len(CLASSES)), PLACES)
 
 
 def _match(thing: np.ndarray, colour: int) -> Reading | None:
     """The shape and the place that a bool ``(16, 16)`` mask overlaps best, if one does."""
     templates = _templates()[0]
     common = (templates & thing).sum((1, 2))
-    overlap = (common / (templates | thing).sum((1, 2))).reshape(len(SHAPES), PLACES)
+    overlap = (common / (templates | thing).sum((1, 2))).reshape(len(CLASSES), PLACES)
     by_shape = overlap.max(1)
     shape = int(by_shape.argmax())
     if by_shape[shape] < MIN_IOU or (by_shape == by_shape[shape]).sum() > 1:

@@ -128,8 +128,8 @@ def train_ring(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(settings.seed)
         generator, discriminator = _network(_NOISE, 2), _network(2, 1)
-    if settings.spectral:
-        normalise(discriminator)
+        if settings.spectral:
+            normalise(discriminator)  # whose vectors start at random
     average = IterateAverage(generator, decay=settings.averaged, every=1)
     optimizers = [
         torch.optim.Adam(network.parameters(), rate, betas=(0.0, 0.99))

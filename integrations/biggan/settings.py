@@ -5,13 +5,19 @@ import dataclasses
 from distopt.errors import SettingError
 
 from ..running.fields import MAX_SEED, check, choice, number
+from .sizes import Sizes
+
+CLASSES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+"""Of the drawn pictures."""
+SIZE = 16
+"""Side of the drawn pictures."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """How a generator and a discriminator are trained."""
 
-    steps: int = number(6000, 1, 10_000_000, "steps of the generator")
+    steps: int = number(3600, 1, 10_000_000, "steps of the generator")
     batch: int = number(32, 1, 65_536, "pictures a step, over all ranks and micro-batches")
     accumulate: int = number(1, 1, 65_536, "micro-batches of a rank's share of the batch")
     discriminator_steps: int = number(1, 1, 64, "steps of the discriminator for one of the generator")
@@ -26,16 +32,16 @@ class TrainSettings:
     shared: int = number(32, 1, 4096, "width of the classes' embedding")
     attention: int = number(8, 0, 4096, "side of what attention looks at; 0 for none")
     reducer: str = choice("powersgd", ("powersgd", "allreduce"), "what averages gradients")
-    rank: int = number(4, 1, 1024, "rank of PowerSGD")
-    readings_every: int = number(100, 1, 10_000_000, "steps from one reading of the spectra to the next")
-    checkpoint_every: int = number(500, 0, 10_000_000, "steps from one checkpoint to the next; 0 for none")
-    judged: int = number(1200, 12, 1_000_000, "pictures that are judged at each threshold")
+    rank: int = number(8, 1, 1024, "rank of PowerSGD")
+    readings_every: int = number(50, 1, 10_000_000, "steps from one reading of the spectra to the next")
+    checkpoint_every: int = number(300, 0, 10_000_000, "steps from one checkpoint to the next; 0 for none")
+    judged: int = number(1800, 12, 1_000_000, "pictures that are judged at each threshold")
     seed: int = number(0, 0, MAX_SEED, "decides weights, noise and batches")
 
     def __post_init__(self) -> None:
         check(self)
-        if self.judged % 6:
-            raise SettingError("judged", self.judged, "a multiple of the 6 classes")
+        if self.judged % len(CLASSES):
+            raise SettingError("judged", self.judged, f"a multiple of the {len(CLASSES)} classes")
 
     def check_ranks(self, ranks: int) -> None:
         """Refuse a batch that cannot be divided over the ranks and their micro-batches, or is too small for batch norm.
@@ -53,6 +59,23 @@ class TrainSettings:
             raise SettingError(
                 "batch", self.batch, f"a multiple of {parts}: {ranks} ranks with {self.accumulate} micro-batches each"
             )
+
+    def sizes(self, classes: int = len(CLASSES), size: int = SIZE) -> Sizes:
+        """The sizes of the networks, for so many classes and pictures of that side.
+
+        Example:
+            >>> TrainSettings(width=24).sizes().channels(4)
+            96
+        """
+        return Sizes(
+            classes=classes,
+            size=size,
+            width=self.width,
+            noise=self.noise,
+            shared=self.shared,
+            attention=self.attention,
+            kind=self.kind,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,6 @@ from .generator import Generator
 from .losses import discriminator_hinge, generator_hinge, gradient_penalty
 from .orthogonal import add_penalty_gradient, start_orthogonal
 from .settings import TrainSettings
-from .sizes import Sizes
 from .spectra import top_singular_values_of
 from .spectral import held, settle
 
@@ -43,12 +42,11 @@ _NO_BROADCAST: dict[str, Any] = {"forward_sync_buffers" if _FORWARD_SYNC else "b
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a step did.
+    """What is read after a step; all of it is empty between readings, so that these cost nothing.
 
     Args:
         losses: mean losses over all ranks, by network.
-        spectra: top three singular values of every weight by ``generator.`` or ``discriminator.`` and its name; empty
-            between readings.
+        spectra: top three singular values of every weight by ``generator.`` or ``discriminator.`` and its name.
         warned: what the alarm said.
     """
 
@@ -76,7 +74,7 @@ class Trainer:
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         settings.check_ranks(ranks)
         self.settings, self.taken, self.skipped = settings, 0, 0
-        self.sizes = sizes_of(settings, int(classes.max()) + 1, pictures.shape[-1])
+        self.sizes = settings.sizes(int(classes.max()) + 1, pictures.shape[-1])
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(settings.seed)
             self.generator, self.discriminator = (
@@ -109,23 +107,22 @@ class Trainer:
         compared, drawn = self._windows = self._windows or self._cut()
         settings = self.settings
         for _ in range(settings.discriminator_steps):
-            window = next(compared)
-            self._learn(self.discriminator, window, self._comparing_loss)
+            comparing = next(compared)
+            self._learn(self.discriminator, comparing, self._comparing_loss)
             self._move(self.discriminator, self._discriminator_optimizer)
-            told = window.loss()
-        window = next(drawn)
+        drawing = next(drawn)
         with frozen(self.discriminator), held(self.discriminator):
-            self._learn(self.generator, window, self._drawing_loss)
+            self._learn(self.generator, drawing, self._drawing_loss)
         # Behind the reduction: it is the same on all ranks as it is.
         embedding = self.generator.classes.weight
         add_penalty_gradient((p for p in self.generator.parameters() if p is not embedding), settings.orthogonal)
         if self._move(self.generator, self._generator_optimizer):
             self.average.update()
         self.taken += 1
-        reads = self.taken % settings.readings_every == 0 or self.taken == settings.steps
-        spectra = self.spectra() if reads else {}
-        losses = {"discriminator": float(told), "generator": float(window.loss())}
-        return Progress(losses, spectra, tuple(self._alarm.read(self.taken, spectra)))
+        if self.taken % settings.readings_every and self.taken != settings.steps:
+            return Progress({}, {}, ())
+        losses = {"discriminator": float(comparing.loss()), "generator": float(drawing.loss())}
+        return Progress(losses, spectra := self.spectra(), tuple(self._alarm.read(self.taken, spectra)))
 
     def spectra(self) -> dict[str, tuple[float, ...]]:
         """Top three singular values of every weight of both networks, before normalisation."""
@@ -225,25 +222,6 @@ class Trainer:
             self.skipped += 1
         optimizer.zero_grad()
         return finite
-
-
-def sizes_of(settings: TrainSettings, classes: int, size: int) -> Sizes:
-    """The sizes of the networks that settings ask for.
-
-    Args:
-        settings: of the run.
-        classes: how many.
-        size: side of the pictures.
-    """
-    return Sizes(
-        classes=classes,
-        size=size,
-        width=settings.width,
-        noise=settings.noise,
-        shared=settings.shared,
-        attention=settings.attention,
-        kind=settings.kind,
-    )
 
 
 def reducer_of(settings: TrainSettings) -> distopt.ByName:
