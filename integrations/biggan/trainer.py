@@ -9,6 +9,7 @@ micro-batch.
 import contextlib
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,10 @@ class Trainer:
             self.generator, self.discriminator = (
                 start_orthogonal(network).to(device) for network in (Generator(self.sizes), Discriminator(self.sizes))
             )
+        with torch.no_grad():
+            # As long as noise of its width: both enter the same linear layers of norm 1, and a class of length 1 would
+            # be drowned for thousands of steps.
+            self.generator.classes.weight.mul_(math.sqrt(settings.shared))
         for network in (self.generator, self.discriminator):
             settle(network)
         self._generator, self.generator_registration = _distributed(self.generator, settings)
