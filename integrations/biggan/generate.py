@@ -32,10 +32,10 @@ def write_samples(
         InputError: the folder holds no finished run.
     """
     single_thread()
-    generator, _ = load_generator(folder)
+    generator, settings = load_generator(folder)
     chosen = range(len(drawn.CLASSES)) if wanted is None else [drawn.CLASSES.index(wanted)]
     classes = torch.tensor(list(chosen)).repeat_interleave(count)
-    pictures = draw_pictures(prepare(generator, threshold), classes, threshold, seed)
+    pictures = draw_pictures(prepare(generator, threshold, passes=settings.standing), classes, threshold, seed)
     rows = rows_by_class(pictures, classes) if wanted is None else list(pictures.split(_columns(count)))
     draw_sheet(out, rows if len(rows[-1]) == len(rows[0]) else [*rows[:-1], _filled(rows[-1], len(rows[0]))])
 

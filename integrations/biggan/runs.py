@@ -17,7 +17,7 @@ SETTINGS = "settings.json"
 GENERATOR = "generator.safetensors"
 REPORT = "report.json"
 CHECKPOINTS = "checkpoints"
-MAY_CHANGE = ("steps", "checkpoint_every", "judged")
+MAY_CHANGE = ("steps", "checkpoint_every", "standing", "judged")
 """What a run may go on with another value of; besides it the number of ranks and the device."""
 
 

@@ -80,7 +80,7 @@ def draw_pictures(generator: Generator, classes: Tensor, threshold: float | None
 
 
 def curve(
-    generator: Generator, count: int, seed: int = 0, thresholds: Sequence[float | None] = THRESHOLDS
+    generator: Generator, count: int, seed: int = 0, thresholds: Sequence[float | None] = THRESHOLDS, passes: int = 100
 ) -> list[Point]:
     """Judge drawn pictures at each threshold, with statistics measured there.
 
@@ -89,11 +89,12 @@ def curve(
         count: pictures at each, a multiple of the classes.
         seed: of the noise.
         thresholds: of truncation.
+        passes: of `prepare` at each threshold.
     """
     classes = torch.arange(count) % generator.sizes.classes
     points = []
     for threshold in thresholds:
-        pictures = draw_pictures(prepare(generator, threshold, seed + 1), classes, threshold, seed + 2)
+        pictures = draw_pictures(prepare(generator, threshold, seed + 1, passes), classes, threshold, seed + 2)
         points.append(Point(threshold, drawn.judge(pictures, classes)))
     return points
 

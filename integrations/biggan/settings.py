@@ -18,14 +18,14 @@ class TrainSettings:
     """How a generator and a discriminator are trained."""
 
     steps: int = number(3600, 1, 10_000_000, "steps of the generator")
-    batch: int = number(32, 1, 65_536, "pictures a step, over all ranks and micro-batches")
+    batch: int = number(64, 1, 65_536, "pictures a step, over all ranks and micro-batches")
     accumulate: int = number(1, 1, 65_536, "micro-batches of a rank's share of the batch")
     discriminator_steps: int = number(1, 1, 64, "steps of the discriminator for one of the generator")
     generator_rate: float = number(5e-4, 1e-8, 1.0, "learning rate of the generator")
     discriminator_rate: float = number(1e-3, 1e-8, 1.0, "learning rate of the discriminator")
     orthogonal: float = number(1e-4, 0.0, 1e4, "weight of the generator's orthogonal regularisation")
     gamma: float = number(0.0, 0.0, 1e6, "weight of R1, the penalty on the discriminator's slope at real pictures")
-    averaging: float = number(0.995, 0.0, 1 - 1e-9, "decay a step of the averaged generator, which is the one kept")
+    averaging: float = number(0.99, 0.0, 1 - 1e-9, "decay a step of the averaged generator, which is the one kept")
     kind: str = choice("hierarchical", ("hierarchical", "deep"), "BigGAN, or BigGAN-deep")
     width: int = number(16, 8, 4096, "channels at full resolution, a multiple of 8")
     noise: int = number(48, 1, 4096, "numbers of noise")
@@ -35,6 +35,7 @@ class TrainSettings:
     rank: int = number(8, 1, 1024, "rank of PowerSGD")
     readings_every: int = number(50, 1, 10_000_000, "steps from one reading of the spectra to the next")
     checkpoint_every: int = number(300, 0, 10_000_000, "steps from one checkpoint to the next; 0 for none")
+    standing: int = number(100, 1, 100_000, "passes that standing statistics are the mean of")
     judged: int = number(1800, 12, 1_000_000, "pictures that are judged at each threshold")
     seed: int = number(0, 0, MAX_SEED, "decides weights, noise and batches")
 

@@ -65,7 +65,7 @@ def _finish(
     journal: RunJournal,
 ) -> None:
     generator = trainer.average.module
-    points = curve(generator, settings.judged)
+    points = curve(generator, settings.judged, passes=settings.standing)
     report = {
         "settings": dataclasses.asdict(settings),
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
@@ -79,7 +79,7 @@ def _finish(
     draw_truncation(out / "truncation.png", points, drawn.CONTENTS)
     draw_spectra(out / "spectra.png", history)
     classes = torch.arange(len(drawn.CLASSES)).repeat_interleave(_SHOWN)
-    pictures = draw_pictures(prepare(generator, None), classes, None)
+    pictures = draw_pictures(prepare(generator, None, passes=settings.standing), classes, None)
     draw_sheet(out / "samples.png", rows_by_class(pictures, classes))
     state = {name: value.cpu().contiguous() for name, value in generator.state_dict().items()}
     safetensors.torch.save_file(state, out / runs.GENERATOR)
