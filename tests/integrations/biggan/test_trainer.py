@@ -36,7 +36,7 @@ def _differing(first, second):
 
 
 def _two_ranks(rank, folder):
-    trainer = _trainer(accumulate=2, gamma=0.1)
+    trainer = _trainer(accumulate=2, gamma=0.1, rank=2)
     start = _everything(trainer)
     progress = [trainer.step() for _ in range(3)]
     after = _everything(trainer)
@@ -49,7 +49,7 @@ def _two_ranks(rank, folder):
     progress += [trainer.step() for _ in range(2)]
     end = _everything(trainer)
     torch.manual_seed(123)
-    resumed = _trainer(accumulate=2, gamma=0.1)
+    resumed = _trainer(accumulate=2, gamma=0.1, rank=2)
     resumed.load(folder)
     assert resumed.taken == 3
     again = [resumed.step() for _ in range(2)]
