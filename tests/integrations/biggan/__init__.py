@@ -1,0 +1,1 @@
+"""BigGAN and its parts."""
