@@ -23,7 +23,8 @@ from .model import Model
 from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .settings import CheckpointOptions, InputError
-from .stage1 import Stage1Settings, train_dvae
+from .stage1 import train_dvae
+from .stage1_settings import AnyStage1Settings
 from .stage2 import Stage2Settings, train_transformer
 from .stage3 import Stage3Settings, train_contrast
 from .stages import STAGES, Stages
@@ -41,7 +42,7 @@ class Recipe:
     """The settings of all stages.
 
     Args:
-        dvae: size of the discrete VAE.
+        dvae: size of the discrete VAE, and its bottleneck.
         stage1: how it is trained.
         weights: a folder with a published encoder and decoder that take the place of training it.
         vocabulary: text tokens, at most.
@@ -58,7 +59,7 @@ class Recipe:
     """
 
     dvae: AnyDVAESettings
-    stage1: Stage1Settings
+    stage1: AnyStage1Settings
     vocabulary: int
     text_length: int
     transformer: dict[str, Any]
