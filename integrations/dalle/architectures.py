@@ -85,13 +85,20 @@ def quantized(networks: DVAESettings | PaperDVAESettings, options: TokenizerOpti
     """
     given = {name: getattr(options, field) for name, field in _OPTIONS.items() if getattr(options, field) is not None}
     dimension = {} if options.dimension is None else {"dimension": options.dimension}
-    codes = _codes_of(options.bottleneck, networks.codes)
-    if options.codes not in (None, codes):
-        raise SettingError(
-            "stage1.codes", options.codes, f"{codes}, the nearest number that {options.bottleneck} can have"
-        )
-    networks = dataclasses.replace(networks, codes=codes)
+    check_codes(options)
+    networks = dataclasses.replace(networks, codes=_codes_of(options.bottleneck, networks.codes))
     return QuantizedSettings(networks=networks, bottleneck=options.bottleneck, options=given, **dimension)
+
+
+def check_codes(options: TokenizerOptions) -> None:
+    """Refuse a number of codes that the bottleneck cannot have.
+
+    Raises:
+        SettingError: says which is the nearest.
+    """
+    if options.codes is not None and (nearest := _codes_of(options.bottleneck, options.codes)) != options.codes:
+        allowed = f"{nearest}, the nearest number that {options.bottleneck} can have"
+        raise SettingError("stage1.codes", options.codes, allowed)
 
 
 def _codes_of(bottleneck: str, codes: int) -> int:

@@ -14,6 +14,7 @@ from ..running.fields import MAX_SEED
 from . import drawing, resume, runs
 from .settings import (
     PRESETS,
+    RELAXED,
     DemoSettings,
     InputError,
     TrainSettings,
@@ -57,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     settings = build(DemoSettings, flags.chosen(parsed, DemoSettings, _ALSO))
     out: Path = parsed.out
+    if settings.stage1.bottleneck not in RELAXED and settings.stage1.codes is not None:
+        from .architectures import check_codes
+
+        check_codes(settings.stage1)
     place = launch.place()
     check_shard(settings, parsed.ranks if place is None else place.world_size)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
@@ -84,7 +89,7 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     check_shard(settings, ranks)
     check_batch(settings, ranks)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
-    if settings.stage1.weights is not None:
+    if settings.stage1.weights is not None or settings.stage1.bottleneck not in RELAXED:
         from .architectures import settings_of
 
         settings_of(settings.stage1, settings.size)

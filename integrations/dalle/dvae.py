@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distopt.errors import SettingError
 
-from .kmeans import kmeans
+from ..tokenizers.kmeans import kmeans
 from .relaxed import RelaxedVAE, run_in
 
 

@@ -1,9 +1,9 @@
 """A discrete VAE with a quantizer in place of the relaxation: the same networks, another bottleneck between them.
 
 The encoder's last layer gives as many channels as the bottleneck takes, the decoder's first one takes as many as it
-gives. The loss is what the relaxed model's is without its KL divergence, a mean over sub-pixels, plus what the bottleneck
-adds: commitment, codebook, entropy. A token is the index of the code, with no distribution over others, so there is no
-evidence bound.
+gives. The loss is what the relaxed model's is without its KL divergence, a mean over sub-pixels, plus what the
+bottleneck adds: commitment, codebook, entropy. A token is the index of a code, with no distribution over others, so
+there is no evidence bound.
 
 The bottlenecks, and their sources, are those of ``tokenizers.bottlenecks``.
 """
@@ -160,7 +160,7 @@ class QuantizedVAE(nn.Module):
 
     @torch.no_grad()
     def start(self, pictures: Tensor, generator: torch.Generator) -> None:
-        """Place the codes on what the encoder makes of ``pictures``, ``(B, 3, S, S)`` in [0, 1], where they are free."""
+        """Place the codes, where they are free, on what the encoder makes of ``pictures``; see ``Bottleneck.start``."""
         self.bottleneck.start(self.networks.encode(pictures), generator)
 
     def units(self) -> list[nn.Module]:

@@ -27,7 +27,7 @@ DEMOS = ("demo", "small")
 ATTENTIONS = ("full", "paper")
 ACTIVATIONS = ("relu", "gelu")
 RELAXED = ("relaxed", "relaxed_st")
-"""Bottlenecks of stage 1 that are relaxed categorical variables: they alone have a temperature and an evidence bound."""
+"""Bottlenecks of stage 1 that are relaxed categorical variables: they have a temperature and an evidence bound."""
 TABLES = ("vq", "ema", "simvq")
 """Bottlenecks that have a table of vectors, of which a cell takes the nearest."""
 BOTTLENECKS = (*RELAXED, *TABLES, "fsq", "lfq")

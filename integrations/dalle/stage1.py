@@ -1,6 +1,7 @@
 """Stage 1: trains the dVAE on pictures alone, and judges it as a tokenizer on the drawn task.
 
-How a relaxed one is trained, and one with a quantizer, is in ``stage1_settings``. A short run needs other constants than the paper's three million updates; measured on the drawn task:
+How a relaxed one is trained, and one with a quantizer, is in ``stage1_settings``.
+A short run of the relaxed one needs other constants than the paper's three million updates; measured on the drawn task:
 
 * codes start as k-means centres with logits far apart, so the run starts with nearly all codes in use and a low
   temperature suffices; from random logits at temperature 1 most of them are lost in the first hundred steps;
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -176,11 +178,22 @@ def _start(source: Source, model: AnyDVAESettings, settings: AnyStage1Settings, 
         torch.manual_seed(int(rng.integers(2**63)))
         dvae = build(model)
     if isinstance(dvae, DVAE | QuantizedVAE):
-        # On the CPU whatever the device is: k-means must not depend on it.
         pictures, generator = source.pictures(settings.start, rng), torch.Generator()
-        place = dvae.fit_codes if isinstance(dvae, DVAE) else dvae.start
-        place(pictures, generator.manual_seed(int(rng.integers(2**63))))
+        generator.manual_seed(int(rng.integers(2**63)))
+        if isinstance(dvae, QuantizedVAE):
+            _place(dvae.to(context.device), pictures, generator, context)
+        else:
+            # On the CPU whatever the device is: k-means must not depend on it.
+            dvae.fit_codes(pictures, generator)
     return dvae.to(context.device)
+
+
+def _place(vae: QuantizedVAE, pictures: Tensor, generator: torch.Generator, context: Context) -> None:
+    """Start the codes from all ranks' parts of the pictures: in their order, so from the same points as one rank."""
+    if dist.is_initialized():
+        share = -(-len(pictures) // context.world_size)
+        pictures = pictures[context.rank * share : (context.rank + 1) * share]
+    vae.start(pictures.to(context.device), generator)
 
 
 def _batch(
