@@ -86,7 +86,7 @@ def quantized(networks: DVAESettings | PaperDVAESettings, options: TokenizerOpti
     given = {name: getattr(options, field) for name, field in _OPTIONS.items() if getattr(options, field) is not None}
     dimension = {} if options.dimension is None else {"dimension": options.dimension}
     check_codes(options)
-    networks = dataclasses.replace(networks, codes=_codes_of(options.bottleneck, networks.codes))
+    networks = dataclasses.replace(networks, codes=nearest_codes(options.bottleneck, networks.codes))
     return QuantizedSettings(networks=networks, bottleneck=options.bottleneck, options=given, **dimension)
 
 
@@ -96,13 +96,18 @@ def check_codes(options: TokenizerOptions) -> None:
     Raises:
         SettingError: says which is the nearest.
     """
-    if options.codes is not None and (nearest := _codes_of(options.bottleneck, options.codes)) != options.codes:
+    if options.codes is not None and (nearest := nearest_codes(options.bottleneck, options.codes)) != options.codes:
         allowed = f"{nearest}, the nearest number that {options.bottleneck} can have"
         raise SettingError("stage1.codes", options.codes, allowed)
 
 
-def _codes_of(bottleneck: str, codes: int) -> int:
-    """The number of codes nearest to ``codes`` that a quantizer can have: a product of levels, or of signs."""
+def nearest_codes(bottleneck: str, codes: int) -> int:
+    """The number of codes nearest to ``codes`` that a bottleneck can have: fsq a product of levels, lfq a power of two.
+
+    Example:
+        >>> nearest_codes("fsq", 1024), nearest_codes("lfq", 192), nearest_codes("vq", 100)
+        (1000, 256, 100)
+    """
     if bottleneck == "fsq":
         return math.prod(levels_for(codes))
     if bottleneck == "lfq":

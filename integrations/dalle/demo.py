@@ -68,7 +68,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     """
     began = time.perf_counter()
     task = Scenes()
-    chosen = _recipe(settings)
+    chosen = recipe_of(settings)
     with recipe.journal_of(out, context) as journal:
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
         checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
@@ -122,7 +122,8 @@ def _tokenizer(size: _Size, options: TokenizerOptions) -> tuple[AnyDVAESettings,
     return quantized(dvae, options), stage1
 
 
-def _recipe(settings: DemoSettings) -> Recipe:
+def recipe_of(settings: DemoSettings) -> Recipe:
+    """Say how all stages are trained, from what a user chose."""
     size = _size(settings.preset)
     dvae, stage1 = _tokenizer(size, settings.stage1)
     stage2 = size.stage2
