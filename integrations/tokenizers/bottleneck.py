@@ -121,7 +121,7 @@ def passed_through(z: Tensor, chosen: Tensor) -> Tensor:
     return chosen.detach() + (z - z.detach())
 
 
-def check(name: str, value: float, low: float, high: float, *, whole: bool = False) -> None:
+def check(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
     """Refuse a number out of its range.
 
     Raises:
@@ -133,8 +133,8 @@ def check(name: str, value: float, low: float, high: float, *, whole: bool = Fal
             ...
         distopt.errors.SettingError: VQ.codes is 1, but must be a whole number from 2 to 65536
     """
-    of_kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not of_kind or not low <= value <= high:
+    number = value if isinstance(value, int if whole else int | float) and not isinstance(value, bool) else None
+    if number is None or not low <= number <= high:
         words = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}" if high < MOST_CODES else ""
         words = words or f"a {'whole ' if whole else ''}number from {low:g} to {high}"
         raise SettingError(name, value, words)

@@ -1,5 +1,6 @@
 """Bottlenecks by name: one setting chooses what an autoencoder, or stage 1 of a DALL-E, is built with."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,10 +8,24 @@ from typing import Any
 from distopt.errors import SettingError
 
 from .bottleneck import Bottleneck
+from .ema import EMA
 from .fsq import FSQ
+from .gaussian import Gaussian
+from .lfq import LFQ
+from .relaxed import Relaxed
+from .simvq import SimVQ
 from .vq import VQ
 
-KINDS: Mapping[str, Callable[..., Bottleneck]] = {"vq": VQ, "fsq": FSQ}
+KINDS: Mapping[str, Callable[..., Bottleneck]] = {
+    "gaussian": Gaussian,
+    "relaxed": Relaxed,
+    "relaxed_st": functools.partial(Relaxed, straight_through=True),
+    "vq": VQ,
+    "ema": EMA,
+    "simvq": SimVQ,
+    "fsq": FSQ,
+    "lfq": LFQ,
+}
 """What each name builds, from ``codes``, ``width`` and the options of its class."""
 
 
@@ -37,8 +52,20 @@ commitment_weight, rotation
     """
     if name not in KINDS:
         raise SettingError("bottleneck", name, f"one of {', '.join(KINDS)}")
-    known = [each for each in inspect.signature(KINDS[name]).parameters if each not in ("codes", "width")]
+    known = options_of(name)
     for option, value in options.items():
         if option not in known:
             raise SettingError(f"{name}.{option}", value, f"left out: the options are {', '.join(known) or 'none'}")
     return KINDS[name](codes, width, **options)
+
+
+def options_of(name: str) -> list[str]:
+    """Names of the options of a kind.
+
+    Example:
+        >>> options_of("fsq")
+        ['levels']
+    """
+    kind = KINDS[name]
+    fixed = {"codes", "width", *(kind.keywords if isinstance(kind, functools.partial) else ())}
+    return [each for each in inspect.signature(kind).parameters if each not in fixed]
