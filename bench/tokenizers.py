@@ -4,10 +4,10 @@
     python -m bench.tokenizers --steps-2 0                       # stage 1 alone
     python -m bench.tokenizers --bottlenecks simvq fsq --steps-1 600 --steps-2 600 --seeds 0
 
-Each row is the demo without stage 3, on one rank and one thread: the same networks, pictures, batches and steps, another
-bottleneck between encoder and decoder. What is told of stage 1 is added to ``tokenizers.jsonl`` when it has ended, and
-what is told of stage 2 when that has. A row that is there is not made again, and one that was stopped goes on from its
-last checkpoint: ``--fresh`` begins anew. Reconstruction is of pictures of all kinds that were not trained on; the round
+Each row is the demo without stage 3, on one rank and one thread: the same networks, pictures, batches and steps,
+another bottleneck between encoder and decoder. What is told of stage 1 is added to ``tokenizers.jsonl`` when it has
+ended, and what is told of stage 2 when that has. A row that is there is not made again, and one that was stopped goes on
+from its last checkpoint: ``--fresh`` begins anew. Reconstruction is of pictures of all kinds that were not trained on; the round
 trip is that of the demo's report.
 """
 
@@ -85,10 +85,15 @@ class Case:
         told = {"stage": stage, **dataclasses.asdict(self)}
         return told if stage == 2 else {name: told[name] for name in ("stage", "way", "codes", "steps_1", "seed")}
 
-    @property
-    def folder(self) -> str:
-        """Where its checkpoints lie."""
-        return "-".join(str(value) for value in self.key(1).values())
+    def place(self, stage: int, folder: Path) -> Path:
+        """Where the checkpoints of the stage lie; stage 2 begins with a copy of those of stage 1."""
+        key = self.key(stage)
+        key.pop("n", None)
+        own = folder / "-".join(str(value) for value in key.values())
+        if stage == 2 and not own.exists():
+            shutil.copytree(self.place(1, folder), own)
+        own.mkdir(parents=True, exist_ok=True)
+        return own
 
 
 def main() -> None:
@@ -119,9 +124,7 @@ def is_there(case: Case, stage: int, path: Path) -> bool:
 def make(case: Case, stage: int, path: Path, folder: Path) -> dict[str, Any]:
     """Train a stage from what there is of it, add its record to the file, and give it back."""
     began, task, context = time.process_time(), Scenes(), Context(seed=case.seed)
-    place = folder / case.folder
-    place.mkdir(parents=True, exist_ok=True)
-    checkpoints = RunCheckpoints(place, case.recipe.checkpoint, context)
+    checkpoints = RunCheckpoints(case.place(stage, folder), case.recipe.checkpoint, context)
     given = (task, case.recipe, context, RunJournal(None, shown=False), checkpoints)
     if stage == 1:
         trained = recipe.train_tokenizer(*given)
