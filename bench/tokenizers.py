@@ -4,11 +4,11 @@
     python -m bench.tokenizers --steps-2 0                       # stage 1 alone
     python -m bench.tokenizers --bottlenecks simvq fsq --steps-1 600 --steps-2 600 --seeds 0
 
-Each row is the demo without stage 3, on one rank and one thread: the same networks, pictures, batches and steps,
+Each row is the demo without stage 3, on one rank and one thread: the same networks, pictures, batches and steps, but
 another bottleneck between encoder and decoder. What is told of stage 1 is added to ``tokenizers.jsonl`` when it has
-ended, and what is told of stage 2 when that has. A row that is there is not made again, and one that was stopped goes on
-from its last checkpoint: ``--fresh`` begins anew. Reconstruction is of pictures of all kinds that were not trained on; the round
-trip is that of the demo's report.
+ended, and what is told of stage 2 when that has. A row that is there is not made again, and one that was stopped goes
+on from its last checkpoint: ``--fresh`` begins anew. Reconstruction is of pictures of all kinds that were not trained
+on; the round trip is that of the demo's report.
 """
 
 import argparse
