@@ -84,6 +84,9 @@ def quantized(networks: DVAESettings | PaperDVAESettings, options: TokenizerOpti
         distopt.errors.SettingError: stage1.codes is 1024, but must be 1000, the nearest number that fsq can have
     """
     given = {name: getattr(options, field) for name, field in _OPTIONS.items() if getattr(options, field) is not None}
+    if options.rotation:
+        # At 0.25 vectors leave their codes, and all but a few codes are lost: see ``QuantizedVAE``.
+        given.setdefault("commitment_weight", 1.0)
     dimension = {} if options.dimension is None else {"dimension": options.dimension}
     check_codes(options)
     networks = dataclasses.replace(networks, codes=nearest_codes(options.bottleneck, networks.codes))

@@ -119,6 +119,10 @@ class QuantizedVAE(nn.Module):
         ends = self.bottleneck.inputs, self.bottleneck.outputs
         if isinstance(shape, DVAESettings):
             self.networks = SmallNetworks(shape, *ends, gain=1.0, spread=ends[1] ** -0.5)
+            if settings.options.get("rotation"):
+                # Plain grey is zero on the way in, and would be here: a vector without a direction, which the rotation
+                # trick scales without bound.
+                nn.init.normal_(self.networks.to_logits.bias)  # pyright: ignore[reportArgumentType]
         else:
             self.networks = PaperNetworks(shape, *ends)
 
