@@ -1,7 +1,7 @@
 """Stage 1: trains the dVAE on pictures alone, and judges it as a tokenizer on the drawn task.
 
-How a relaxed one is trained, and one with a quantizer, is in ``stage1_settings``.
-A short run of the relaxed one needs other constants than the paper's three million updates; measured on the drawn task:
+How a relaxed one is trained, and one with a quantizer, is in ``stage1_settings``. A short run of the relaxed one needs
+other constants than the paper's three million updates; measured on the drawn task:
 
 * codes start as k-means centres with logits far apart, so the run starts with nearly all codes in use and a low
   temperature suffices; from random logits at temperature 1 most of them are lost in the first hundred steps;

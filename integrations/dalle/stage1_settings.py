@@ -41,7 +41,7 @@ class Stage1Settings(StageSettings):
         beta: weight of the KL divergence at its end; it starts at 0.
         beta_steps: length after which ``beta`` is reached.
         usage: weight of the push towards equal use of the codes at the start; it falls to 0 over the run.
-        edges: how much more errors at edges weigh, see ``dvae.edge_weights``.
+        edges: how much more errors at edges weigh, see ``likelihood.edge_weights``.
         start: pictures whose patches the codes of the small architecture start from.
         hard: whether the decoder is handed single codes, with the gradient of the relaxation (straight-through).
 

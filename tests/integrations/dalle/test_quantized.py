@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from distopt.integrations.dalle import architectures, demo, evaluate, recipe, runs
-from distopt.integrations.dalle.architectures import build, from_table, quantized, to_table
+from distopt.integrations.dalle.architectures import build, from_table, nearest_codes, quantized, to_table
 from distopt.integrations.dalle.checkpoints import RunCheckpoints
 from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.context import Context
@@ -265,11 +265,24 @@ def test_the_setting_becomes_a_bottleneck_of_both_architectures_and_comes_back_f
         assert from_table(json.loads(json.dumps(to_table(each)))) == each
         assert (each.tokens, each.grid, each.size) == (36, 6, 24)
         assert build(each).bottleneck.codes == each.codes
+    turned = architectures.settings_of(Stage1Options(bottleneck="vq", rotation=True), 24)
+    assert turned.options == {"rotation": True, "commitment_weight": 1.0}
     assert settings_of(Stage1Options(architecture="paper", bottleneck="vq")).learning_rate == 1e-4
     for kind, codes in (("fsq", 192), ("lfq", 256), ("ema", 192)):
         assert demo.recipe_of(DemoSettings(stage1=TokenizerOptions(bottleneck=kind))).dvae.codes == codes
     lines = plan_lines(recipe_of(checked(TrainSettings, {"stage1": {"bottleneck": "simvq"}})), 1, 10)
     assert "bottleneck simvq, learning rate" in lines[1]
+
+
+@given(kind=st.sampled_from([kind for kind, _ in KINDS]), codes=st.integers(2, 65_536))
+@settings(deadline=None)
+def test_the_nearest_number_of_codes_is_one_that_the_bottleneck_has(kind, codes):
+    nearest = nearest_codes(kind, codes)
+    assert nearest_codes(kind, nearest) == nearest
+    assert codes / 1.5 < nearest < codes * 1.5 + 1
+    small = dataclasses.replace(SHAPE, codes=min(nearest, 2048))
+    if small.codes == nearest:
+        assert build(shape(kind, small)).bottleneck.codes == nearest
 
 
 @pytest.mark.parametrize(
