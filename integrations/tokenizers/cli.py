@@ -15,7 +15,7 @@ from .sweeps import compared, curve, sizes_of
 COMMAND = launch.Command("distopt-tokenizers", "distopt.integrations.tokenizers")
 _SWEPT = ("bottleneck", "options", "start")
 """Fields that a sweep sets itself."""
-_BUDGET = {"steps": 1000, "save_every": 0}
+_BUDGET = {"steps": 700, "save_every": 0}
 """What is different in a sweep, of which every part is short."""
 _EXAMPLES = """examples:
   distopt-tokenizers train --bottleneck simvq --codes 512 --out runs/simvq

@@ -56,11 +56,11 @@ class Photos:
 
     def __init__(self) -> None:
         try:
-            from sklearn.datasets import load_sample_images
+            from sklearn.datasets import load_sample_images  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
             raise InputError("--data photos: they come with scikit-learn, which is not installed") from None
         images = load_sample_images()["images"]  # pyright: ignore[reportArgumentType,reportCallIssue,reportIndexIssue]
-        whole = [to_tensor(np.asarray(image)[None]) for image in images]
+        whole = [to_tensor(np.array(image)[None]) for image in images]
         halved = [torch.nn.functional.avg_pool2d(image, 2)[0] for image in whole]
         cuts = [image.shape[2] * 3 // 4 for image in halved]
         self._training = [image[:, :, :cut] for image, cut in zip(halved, cuts, strict=True)]

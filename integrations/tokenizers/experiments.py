@@ -48,9 +48,9 @@ def run_one(settings: TrainSettings, out: Path, name: str, *, fresh: bool = Fals
         model = train(settings, out, stage)
     figures: dict[str, Any] = {}
     if first:
-        figures = judge(model, source_of(settings.data), seed=settings.seed)
+        figures = judge(model, source_of(settings.data), settings.judged, settings.seed)
         if settings.data == "scenes":
-            figures["exact"] = exact_scenes(model, seed=settings.seed)
+            figures["exact"] = exact_scenes(model, settings.judged // 3, settings.seed)
         runs.save(model, settings, figures, out)
         journal.say(f"{name}  " + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)

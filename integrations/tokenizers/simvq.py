@@ -13,7 +13,9 @@ Source: Zhu et al. 2024 (arXiv:2411.02038), section 4. The bias is that of the a
 import torch
 from torch import Tensor, nn
 
+from .bottleneck import rows_of
 from .codebook import Codebook
+from .union import from_first, gathered
 from .vq import VQ
 
 
@@ -63,6 +65,24 @@ class SimVQ(Codebook):
     def table(self) -> Tensor:
         """The codes, ``(K, d)``."""
         return self.map(self.embedding.weight).float()
+
+    @torch.no_grad()
+    def start(self, z: Tensor, generator: torch.Generator) -> None:
+        """Give the table the mean and the covariance of ``z``, of all ranks: the map's own kind of start (ours).
+
+        A diagonal map takes the standard deviations of the channels; a map without bias leaves the mean.
+        """
+        rows = gathered(rows_of(z)).double()
+        mean, width = rows.mean(0), rows.shape[1]
+        if isinstance(self.map, nn.Linear):
+            values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+            # C's rows have covariance 1/d: W^T W / d is the table's.
+            root = vectors * (width * values.clamp_min(0)).sqrt() @ vectors.T
+        else:
+            root = rows.std(0, correction=0) * width**0.5
+        self.map.weight.copy_(from_first(root))
+        if self.map.bias is not None:
+            self.map.bias.copy_(from_first(mean))
 
     def observe(self, rows: Tensor, indices: Tensor) -> None:
         """Nothing: gradients move the map."""

@@ -103,8 +103,7 @@ def train(settings: TrainSettings, out: Path | None, journal: Journal | None = N
     trained: nn.Module = Trained(model, settings.edges)
     states: dict[str, Any] = {"model": model}
     if dist.is_initialized():
-        # Buffers need no sending around: they are equal because their updates are.
-        trained = DistributedDataParallel(trained, broadcast_buffers=False)
+        trained = DistributedDataParallel(trained)
         states["registration"] = distopt.register(trained, reducer_of(settings))
     optimizer = torch.optim.Adam(
         [parameter for parameter in model.parameters() if parameter.requires_grad], betas=(0.9, 0.99)

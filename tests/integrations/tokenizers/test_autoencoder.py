@@ -119,9 +119,13 @@ def test_judging_by_hand():
     source = DrawnScenes()
     found = judge(model, source, n=300, seed=5)
     rng = np.random.default_rng([5, 0x1D6E])
-    pictures = torch.cat([source.judged(256, rng), source.judged(44, rng)])
-    indices = model.tokenize(pictures)
-    assert found["mse"] == pytest.approx((model.decode(indices) - pictures).square().mean().item(), rel=1e-5)
+    judged, counted = [], []
+    for size in (256, 44):
+        judged.append(source.judged(size, rng))
+        counted += [source.training(size, rng) for _ in range(4)]
+    pictures, indices = torch.cat(judged), model.tokenize(torch.cat(counted))
+    back = model.decode(model.tokenize(pictures))
+    assert found["mse"] == pytest.approx((back - pictures).square().mean().item(), rel=1e-5)
     assert found["used"] == indices.unique().numel() / 16
     assert found["dead"] == 16 - indices.unique().numel()
     assert found["quantisation_error"] > 0

@@ -121,7 +121,7 @@ KINDS = [
     ("ema", {"decay": 0.8, "dead": 0.3}, False),
     ("ema", {"decay": 0.9, "dead": 0.1, "rotation": True}, True),
     ("vq", {}, True),
-    ("simvq", {}, False),
+    ("simvq", {}, True),
     ("simvq", {"train_codes": True, "diagonal": True}, False),
     ("relaxed", {"usage": 0.1, "beta": 0.01}, True),
     ("lfq", {}, False),

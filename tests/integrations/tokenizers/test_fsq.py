@@ -69,6 +69,14 @@ def test_every_code_is_met_under_bfloat16():
         assert fsq.encode(z).unique().numel() == fsq.codes
 
 
+@given(EVERY)
+def test_what_is_almost_nothing_is_the_code_of_nothing(levels):
+    """The shift makes up for the offset of an even number of levels."""
+    fsq = FSQ(2, 1, levels=levels)
+    z = torch.tensor([-0.02, 0.0, 0.02]).reshape(1, 1, 1, 3).expand(1, len(levels), 1, 3)
+    assert not fsq(z).vectors.any()
+
+
 def test_gradient_is_that_of_the_bound():
     fsq = FSQ(2, 1, levels=(5,))
     z = torch.tensor([-1.0, 0.0, 0.4]).reshape(1, 1, 1, 3).requires_grad_()

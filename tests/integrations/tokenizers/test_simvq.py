@@ -74,3 +74,19 @@ def test_merged_codes_give_the_same_indices(options):
     indices = simvq.encode(z)
     assert torch.equal(merged.encode(z), indices)
     assert torch.equal(merged.lookup(indices), simvq.lookup(indices))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_start_gives_the_table_the_datas_mean_and_covariance(options):
+    torch.manual_seed(0)
+    simvq = SimVQ(20_000, 4, **options)
+    mix = torch.tensor([[2.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 3.0, 0.0], [0.0, 0.0, 0.5, 0.1]])
+    rows = torch.randn(5000, 4) @ mix + torch.tensor([5.0, 0.0, -1.0, 2.0])
+    simvq.start(rows.reshape(50, 10, 10, 4).movedim(-1, 1), torch.Generator())
+    table = simvq.table().detach()
+    if options.get("bias", True):
+        assert torch.allclose(table.mean(0), rows.mean(0), atol=0.1)
+    if options.get("diagonal"):
+        assert torch.allclose(table.std(0), rows.std(0), rtol=0.05)
+    else:
+        assert torch.allclose(table.T.cov(), rows.T.cov(), rtol=0.05, atol=0.15)

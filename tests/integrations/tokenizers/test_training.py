@@ -14,7 +14,9 @@ from distopt.integrations.tokenizers.sweeps import COMPARED, compared
 from distopt.errors import SettingError, StateError
 from tests.processes import run_ranks
 
-TINY = TrainSettings(bottleneck="vq", codes=16, width=4, hidden=8, steps=8, batch=4, save_every=3, start=False)
+TINY = TrainSettings(
+    bottleneck="vq", codes=16, width=4, hidden=8, steps=8, batch=4, judged=64, save_every=3, start=False
+)
 
 
 def test_names_are_those_of_the_kinds():
@@ -66,7 +68,7 @@ def test_a_saved_tokenizer_is_the_trained_one(tmp_path):
     settings = dataclasses.replace(TINY, bottleneck="ema", options="dead = 0.0")
     figures = run_one(settings, tmp_path, "ema")
     model = runs.load(tmp_path)
-    assert judge(model, DrawnScenes())["mse"] == pytest.approx(figures["mse"], rel=1e-6)
+    assert judge(model, DrawnScenes(), 64)["mse"] == pytest.approx(figures["mse"], rel=1e-6)
     assert run_one(settings, tmp_path, "ema") == figures
     assert not (tmp_path / training.CHECKPOINTS).exists()
     with pytest.raises(Exception, match="holds a run of other settings"):
