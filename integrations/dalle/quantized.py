@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distopt.errors import SettingError
 
 from ..tokenizers import bottlenecks
+from ..tokenizers.simvq import SimVQ
 from .dvae import DVAESettings, SmallNetworks
 from .likelihood import edge_weights, negative_log_likelihood, view
 from .paper_dvae import PaperDVAESettings, PaperNetworks
@@ -164,8 +165,12 @@ class QuantizedVAE(nn.Module):
 
     @torch.no_grad()
     def start(self, pictures: Tensor, generator: torch.Generator) -> None:
-        """Place the codes, where they are free, on what the encoder makes of ``pictures``; see ``Bottleneck.start``."""
-        self.bottleneck.start(self.networks.encode(pictures), generator)
+        """Place the codes, where they are free, on what the encoder makes of ``pictures``; see ``Bottleneck.start``.
+
+        SimVQ's map begins as its authors' does: from the data, fewer codes were in use on the drawn task.
+        """
+        if not isinstance(self.bottleneck, SimVQ):
+            self.bottleneck.start(self.networks.encode(pictures), generator)
 
     def units(self) -> list[nn.Module]:
         """Its residual blocks, in the order in which they run."""
