@@ -63,13 +63,13 @@ def run_all(entries: Sequence[Entry], out: Path, *, fresh: bool = False) -> list
     """Train and judge each of ``entries`` in a folder of its name. Collective.
 
     Returns:
-        A row each: ``name``, ``bottleneck``, ``codes``, ``data``, ``steps``, and its figures.
+        A row each: ``name``, ``bottleneck``, ``codes`` (none if continuous), ``data``, ``steps``, and its figures.
     """
     rows: list[dict[str, Any]] = []
     for entry in entries:
         figures = run_one(entry.settings, out / entry.name, entry.name, fresh=fresh)
-        told = {name: getattr(entry.settings, name) for name in ("bottleneck", "codes", "data", "steps")}
-        rows.append({"name": entry.name, **told, **figures})
+        told = {name: getattr(entry.settings, name) for name in ("bottleneck", "data", "steps")}
+        rows.append({"name": entry.name, "codes": None, **told, **figures})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Which autoencoders the commands ``compare`` and ``curve`` train: all alike but for the bottleneck. Knows no torch."""
+"""Which autoencoders the commands ``compare`` and ``curve`` train: alike but for the bottleneck. Knows no torch."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,14 @@ from distopt.errors import SettingError
 
 from .settings import TrainSettings
 
-CURVE_KINDS = ("vq", "ema", "simvq")
+CURVED: Mapping[str, Mapping[str, Any]] = {
+    "vq": {"bottleneck": "vq"},
+    "ema": {"bottleneck": "ema"},
+    "ema-unreplaced": {"bottleneck": "ema", "options": "dead = 0.0"},
+    "simvq": {"bottleneck": "simvq"},
+}
+"""The lines of ``curve``, and what each sets."""
+_RELAXED = "beta = 0.0001, usage = 0.01"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +32,9 @@ class Entry:
 
 
 COMPARED: Mapping[str, Mapping[str, Any]] = {
-    "gaussian": {"bottleneck": "gaussian", "options": "beta = 0.01"},
-    "relaxed": {"bottleneck": "relaxed", "options": "beta = 0.01, usage = 0.002"},
-    "relaxed-st": {"bottleneck": "relaxed_st", "options": "beta = 0.01, usage = 0.002"},
+    "gaussian": {"bottleneck": "gaussian", "options": "beta = 0.00001"},
+    "relaxed": {"bottleneck": "relaxed", "options": _RELAXED, "learning_rate": 2e-3},
+    "relaxed-st": {"bottleneck": "relaxed_st", "options": _RELAXED, "learning_rate": 2e-3},
     "vq": {"bottleneck": "vq", "start": False},
     "vq-started": {"bottleneck": "vq"},
     "vq-rotation": {"bottleneck": "vq", "options": "rotation = true"},
@@ -38,7 +45,10 @@ COMPARED: Mapping[str, Mapping[str, Any]] = {
     "fsq": {"bottleneck": "fsq"},
     "lfq": {"bottleneck": "lfq"},
 }
-"""The rows of ``compare``, and what each sets. Codes start from data where the kind can, but for "vq"."""
+"""The rows of ``compare``, and what each sets. Codes start from data where the kind can, but for "vq".
+
+A relaxed categorical loses its codes at the others' learning rate: its logits follow every step of the encoder at once.
+"""
 
 
 def compared(base: TrainSettings) -> list[Entry]:
@@ -51,16 +61,16 @@ def compared(base: TrainSettings) -> list[Entry]:
     return [Entry(name, dataclasses.replace(base, **given)) for name, given in COMPARED.items()]
 
 
-def curve(base: TrainSettings, sizes: Iterable[int], kinds: Iterable[str] = CURVE_KINDS) -> list[Entry]:
+def curve(base: TrainSettings, sizes: Iterable[int]) -> list[Entry]:
     """Codebooks of several sizes, none of which starts from data, so that only what is learned differs.
 
     Example:
-        >>> [entry.name for entry in curve(TrainSettings(), [64, 4096], ["vq", "simvq"])]
-        ['vq-64', 'vq-4096', 'simvq-64', 'simvq-4096']
+        >>> [entry.name for entry in curve(TrainSettings(), [64, 4096])][:4]
+        ['vq-64', 'vq-4096', 'ema-64', 'ema-4096']
     """
     return [
-        Entry(f"{kind}-{size}", dataclasses.replace(base, bottleneck=kind, codes=size, start=False))
-        for kind in kinds
+        Entry(f"{line}-{size}", dataclasses.replace(base, **given, codes=size, start=False))
+        for line, given in CURVED.items()
         for size in sizes
     ]
 

@@ -27,7 +27,7 @@ _COLUMNS = {
     "exact": ("exact scenes", "{:.1%}"),
     **{split: (split.upper(), "{:.0%}") for split in STAGE_2},
 }
-_COLOURS = {"vq": "#b5483a", "ema": "#c9982f", "simvq": "#1f5a96"}
+_COLOURS = {"vq": "#b5483a", "ema": "#c9982f", "ema-unreplaced": "#8a8a8a", "simvq": "#1f5a96"}
 _SHOWN = 10
 
 
@@ -60,13 +60,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw usage, perplexity and reconstruction over K, a line for each kind of bottleneck."""
+    """Draw usage, perplexity and reconstruction over K; rows whose names differ in the size alone make a line."""
     figure = _figure(11, 3.4)
     panels = {"used": "Share of codes in use", "perplexity": "Perplexity", "psnr": "PSNR of held-out pictures, dB"}
     for axes, (key, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
-        for kind in dict.fromkeys(row["bottleneck"] for row in rows):
-            points = [(row["codes"], row[key]) for row in rows if row["bottleneck"] == kind]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=kind, color=_COLOURS.get(kind))
+        for line in dict.fromkeys(_line(row) for row in rows):
+            points = [(row["codes"], row[key]) for row in rows if _line(row) == line]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=line, color=_COLOURS.get(line))
         _dress(axes, title, sorted({row["codes"] for row in rows}))
         if key == "perplexity":
             axes.set_yscale("log", base=2)
@@ -104,6 +104,10 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return str(row["name"]).rpartition("-")[0]
 
 
 def _dress(axes: Axes, title: str, sizes: Sequence[int]) -> None:

@@ -77,7 +77,8 @@ def test_a_curve_on_two_ranks(tmp_path, capfd):
     ]
     assert cli.main(["curve", *given, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["name"] for row in rows] == ["vq-8", "vq-16", "ema-8", "ema-16", "simvq-8", "simvq-16"]
+    lines = ("vq", "ema", "ema-unreplaced", "simvq")
+    assert [row["name"] for row in rows] == [f"{line}-{size}" for line in lines for size in (8, 16)]
     assert all(0 < row["used"] <= 1 and row["mse"] > 0 and row["exact"] >= 0 for row in rows)
     assert (tmp_path / "table.md").read_text() in capfd.readouterr().out
     assert Image.open(tmp_path / "curve.png").size[0] > 500
