@@ -82,4 +82,5 @@ BENCHES = (
     ),
     Bench("gpu", "bench.gpu", ("--quick",)),
     Bench("dalle_reducers", "bench.dalle_reducers", ("--steps", "200")),
+    Bench("tokenizers", "bench.tokenizers", ("--bottlenecks", "vq", "fsq", "--steps-1", "150", "--steps-2", "0")),
 )

@@ -12,6 +12,8 @@ from distopt.attach.shards import piece_of
 class Averaged:
     """A running average of a module's weights. Of a sharded module every rank keeps its own pieces.
 
+    Buffers are no weights: those of the averaged module are the last ones.
+
     Args:
         module: whose weights are averaged, after it was sharded; they are where the average starts.
 
@@ -26,6 +28,7 @@ class Averaged:
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = list(module.parameters())
+        self._buffers = list(module.buffers())
         self._means = [piece_of(parameter.detach()).clone() for parameter in self._parameters]
 
     @torch.no_grad()
@@ -59,6 +62,8 @@ class Averaged:
             module.to_empty(device=self._means[0].device)
         for written, mean, like in zip(module.parameters(), self._means, self._parameters, strict=True):
             written.copy_(_whole(mean, like))
+        for written, last in zip(module.buffers(), self._buffers, strict=True):
+            written.copy_(last)
         return module.requires_grad_(False).eval()
 
 

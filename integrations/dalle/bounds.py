@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .relaxed import RelaxedVAE, squeezed
+from .likelihood import squeezed
+from .relaxed import RelaxedVAE
 
 _LEVELS = 256
 _LEAST = 1e-12

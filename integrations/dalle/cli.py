@@ -14,8 +14,11 @@ from ..running.fields import MAX_SEED
 from . import drawing, resume, runs
 from .settings import (
     PRESETS,
+    RELAXED,
+    TABLES,
     DemoSettings,
     InputError,
+    TokenizerOptions,
     TrainSettings,
     build,
     check_batch,
@@ -57,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     settings = build(DemoSettings, flags.chosen(parsed, DemoSettings, _ALSO))
     out: Path = parsed.out
+    _check_codes(settings.stage1)
     place = launch.place()
     check_shard(settings, parsed.ranks if place is None else place.world_size)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
@@ -84,6 +88,7 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     check_shard(settings, ranks)
     check_batch(settings, ranks)
     launch.check_devices(parsed.device, parsed.ranks if place is None else 1)
+    _check_codes(settings.stage1)
     if settings.stage1.weights is not None:
         from .architectures import settings_of
 
@@ -109,6 +114,14 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 
     ours = launch.started_by_us()
     return _work(place, parsed.device, settings.seed, lambda context: run(settings, data, out, context, read=not ours))
+
+
+def _check_codes(options: TokenizerOptions) -> None:
+    """Refuse codes that a bottleneck cannot have; what tells of them costs seconds to import."""
+    if options.codes is not None and options.bottleneck not in (*RELAXED, *TABLES):
+        from .architectures import check_codes
+
+        check_codes(options)
 
 
 def _work(place: launch.Place, device: str, seed: int, task: Callable[..., None]) -> int:

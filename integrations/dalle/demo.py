@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..scenes.draw import Scenes
 from . import pages, recipe, report, resume, runs
+from .architectures import AnyDVAESettings, quantized
 from .checkpoints import RunCheckpoints
 from .context import Context
 from .dvae import DVAESettings
@@ -13,8 +14,8 @@ from .evaluate import score_best_of, score_scenes
 from .precision import reducer
 from .recipe import Recipe
 from .sampling import SamplingSettings
-from .settings import DemoSettings
-from .stage1 import Stage1Settings
+from .settings import RELAXED, DemoSettings, TokenizerOptions
+from .stage1_settings import AnyStage1Settings, Stage1Settings, quantized_settings
 from .stage2 import Stage2Settings
 from .stage3 import Stage3Settings
 
@@ -67,7 +68,7 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     """
     began = time.perf_counter()
     task = Scenes()
-    chosen = _recipe(settings)
+    chosen = recipe_of(settings)
     with recipe.journal_of(out, context) as journal:
         journal.say(f"{chosen.surroundings(context)}; writing to {out}")
         checkpoints = RunCheckpoints(out / resume.CHECKPOINTS, chosen.checkpoint, context)
@@ -110,9 +111,22 @@ def run(settings: DemoSettings, out: Path, context: Context) -> None:
     print(report.framed(f"distopt-dalle demo: {full['wall_seconds']:.0f} s on {context.world_size} ranks", lines))
 
 
-def _recipe(settings: DemoSettings) -> Recipe:
+def _tokenizer(size: _Size, options: TokenizerOptions) -> tuple[AnyDVAESettings, AnyStage1Settings]:
+    """The tokenizer and how it is trained: as long as the preset's own, whatever its bottleneck."""
+    dvae, own = size.dvae, size.stage1
+    if options.codes is not None:
+        dvae = dataclasses.replace(dvae, codes=options.codes)
+    if options.bottleneck in RELAXED:
+        return dvae, dataclasses.replace(own, hard=True) if options.bottleneck == "relaxed_st" else own
+    stage1 = quantized_settings(options.bottleneck, steps=own.steps, averaging=own.averaging, start=own.start)
+    return quantized(dvae, options), stage1
+
+
+def recipe_of(settings: DemoSettings) -> Recipe:
+    """Say how all stages are trained, from what a user chose."""
     size = _size(settings.preset)
-    stage1, stage2 = size.stage1, size.stage2
+    dvae, stage1 = _tokenizer(size, settings.stage1)
+    stage2 = size.stage2
     if settings.steps_1 is not None:
         stage1 = dataclasses.replace(stage1, steps=settings.steps_1)
     if settings.steps_2 is not None:
@@ -122,7 +136,7 @@ def _recipe(settings: DemoSettings) -> Recipe:
         stage3 = dataclasses.replace(stage3, steps=settings.steps_3)
     first, second = (reducer(settings.reducer, settings.rank or default, settings.precision) for default in size.ranks)
     return Recipe(
-        dvae=size.dvae,
+        dvae=dvae,
         stage1=stage1,
         vocabulary=_VOCABULARY,
         text_length=_TEXT_LENGTH,

@@ -97,7 +97,52 @@ class ResidualBlock(nn.Module):
         return x + self.widen(F.relu(self.narrow(F.relu(x))))
 
 
-class DVAE(RelaxedVAE):
+class SmallNetworks(nn.Module):
+    """Encoder and decoder of this shape, for whatever stands between them.
+
+    Args:
+        settings: the shape.
+        outputs: channels that the encoder ends with.
+        inputs: channels that the decoder begins with.
+        gain: variance of an output, over that of the features that it is made from.
+        spread: standard deviation of the weights of the inputs.
+    """
+
+    def __init__(self, settings: DVAESettings, outputs: int, inputs: int, *, gain: float, spread: float) -> None:
+        super().__init__()
+        self.settings = settings
+        s, subpixels = settings, 3 * settings.patch**2
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(s.patch),
+            _convolution(subpixels, s.width),
+            *(ResidualBlock(s.width, s.neck, k) for k in s.encoder_kernels),
+            nn.ReLU(),
+        )
+        self.to_logits = _convolution(s.width, outputs, gain=gain)
+        self.from_codes = nn.Conv2d(inputs, s.width, 1)
+        nn.init.normal_(self.from_codes.weight, std=spread)
+        nn.init.zeros_(self.from_codes.bias)
+        self.decoder = nn.Sequential(
+            *(ResidualBlock(s.width, s.neck, k) for k in s.decoder_kernels),
+            nn.ReLU(),
+            _convolution(s.width, subpixels * (2 if s.likelihood == "logit_laplace" else 1)),
+            nn.PixelShuffle(s.patch),
+        )
+
+    def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Map ``(B, 3, S, S)`` in [0, 1] to ``(B, outputs, g, g)``; all but the last layer runs in ``dtype``."""
+        return self.to_logits(run_in(self.encoder, pictures * 2 - 1, dtype))
+
+    def render(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Map ``(B, inputs, g, g)`` to the likelihood's parameters; all but the first layer runs in ``dtype``."""
+        return run_in(self.decoder, self.from_codes(z), dtype)
+
+    def units(self) -> list[nn.Module]:
+        """Their residual blocks, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+
+class DVAE(SmallNetworks, RelaxedVAE):
     """The relaxed categorical VAE of this shape.
 
     Args:
@@ -110,43 +155,12 @@ class DVAE(RelaxedVAE):
         (torch.Size([3, 4]), torch.Size([3, 3, 8, 8]))
     """
 
-    settings: DVAESettings  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(self, settings: DVAESettings) -> None:
-        super().__init__(settings)
-        s, subpixels = settings, 3 * settings.patch**2
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(s.patch),
-            _convolution(subpixels, s.width),
-            *(ResidualBlock(s.width, s.neck, k) for k in s.encoder_kernels),
-            nn.ReLU(),
-        )
-        self.to_logits = _convolution(s.width, s.codes, gain=s.logit_gain**2)
-        self.from_codes = nn.Conv2d(s.codes, s.width, 1)
-        nn.init.normal_(self.from_codes.weight)
-        nn.init.zeros_(self.from_codes.bias)
-        self.decoder = nn.Sequential(
-            *(ResidualBlock(s.width, s.neck, k) for k in s.decoder_kernels),
-            nn.ReLU(),
-            _convolution(s.width, subpixels * (2 if s.likelihood == "logit_laplace" else 1)),
-            nn.PixelShuffle(s.patch),
-        )
+        super().__init__(settings, settings.codes, settings.codes, gain=settings.logit_gain**2, spread=1.0)
 
     def codebook(self) -> Tensor:
         """What the decoder makes of each code, ``(K, width)``."""
         return self.from_codes.weight.detach().flatten(1).T + self.from_codes.bias.detach()
-
-    def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Logits ``(B, K, g, g)`` of the codes; ``pictures``: ``(B, 3, S, S)`` in [0, 1]; ``dtype`` as for ``loss``."""
-        return self.to_logits(run_in(self.encoder, pictures * 2 - 1, dtype))
-
-    def render(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The likelihood's parameters, see ``RelaxedVAE``."""
-        return run_in(self.decoder, self.from_codes(z), dtype)
-
-    def units(self) -> list[nn.Module]:
-        """Its residual blocks, in the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
 
     @torch.no_grad()
     def fit_codes(self, pictures: Tensor, generator: torch.Generator) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .bounds import bits_per_dimension, bound, fitted_width
 from .metrics import psnr, ssim
 from .model import Model
+from .relaxed import RelaxedVAE
 from .stage1 import usage
 
 _BATCH = 256
@@ -29,8 +30,9 @@ def measure(model: Model, captions: Sequence[str], pictures: Tensor, seed: int) 
         ``n``; ``mse``, ``psnr`` (of the mean error) and ``ssim`` of what the argmax tokens bring back; ``codes_used``,
         ``perplexity`` and ``codes``; ``bound``, means over pictures in nats and bits, see ``bounds``: ``nats`` (its two
         terms are ``reconstruction`` and ``kl``) and ``bits_per_dimension`` under the uniform prior, the same with
-        ``_prior`` under the transformer's, and ``width`` of the Gaussian if that is the density; ``image_loss``, nats
-        a token of the argmax tokens under the transformer.
+        ``_prior`` under the transformer's, and ``width`` of the Gaussian if that is the density; ``None`` for a
+        tokenizer with a quantizer, which gives no distribution over codes; ``image_loss``, nats a token of the argmax
+        tokens under the transformer.
     """
     device = model.transformer.start.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -48,20 +50,22 @@ def measure(model: Model, captions: Sequence[str], pictures: Tensor, seed: int) 
         "perplexity": perplexity,
         "codes": total,
         "image_loss": _cross_entropy(model, captions, codes) / codes.shape[1],
-        "bound": _bound_figures(model, captions, pictures, generator),
+        "bound": _bound_figures(model, model.dvae, captions, pictures, generator)
+        if isinstance(model.dvae, RelaxedVAE)
+        else None,
     }
 
 
 def _bound_figures(
-    model: Model, captions: Sequence[str], pictures: Tensor, generator: torch.Generator
+    model: Model, dvae: RelaxedVAE, captions: Sequence[str], pictures: Tensor, generator: torch.Generator
 ) -> dict[str, float | None]:
     device, size = generator.device, pictures.shape[-1]
     width = None
-    if model.dvae.settings.likelihood == "mse":
-        errors = [fitted_width(model.dvae, part.to(device)) ** 2 * len(part) for part in pictures.split(_BATCH)]
+    if dvae.settings.likelihood == "mse":
+        errors = [fitted_width(dvae, part.to(device)) ** 2 * len(part) for part in pictures.split(_BATCH)]
         width = (sum(errors) / len(pictures)) ** 0.5
     density = {} if width is None else {"width": width}
-    parts = [bound(model.dvae, part.to(device), generator, **density) for part in pictures.split(_BATCH)]
+    parts = [bound(dvae, part.to(device), generator, **density) for part in pictures.split(_BATCH)]
     reconstruction, kl, entropy = (
         float(torch.cat([getattr(part, name).double() for part in parts]).mean())
         for name in ("reconstruction", "kl", "entropy")

@@ -15,7 +15,6 @@ from ..scenes.draw import to_tensor, to_uint8
 from . import architectures, runs
 from .contrast import Contrast, ContrastSettings
 from .grading import generate
-from .relaxed import RelaxedVAE
 from .sampling import SamplingSettings
 from .settings import InputError
 from .text import Tokenizer
@@ -29,7 +28,7 @@ class Model:
     ``contrast`` chooses among samples; runs without it cannot choose.
     """
 
-    dvae: RelaxedVAE
+    dvae: architectures.AnyDVAE
     transformer: Transformer
     tokenizer: Tokenizer
     sampling: SamplingSettings

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from distopt.errors import SettingError
 
-from .relaxed import RelaxedVAE, run_in, squeezed
+from .likelihood import squeezed
+from .relaxed import RelaxedVAE, run_in
 
 _ENCODER_KERNELS = (3, 3, 3, 1)
 _DECODER_KERNELS = (1, 3, 3, 3)
@@ -130,39 +131,66 @@ class PaperBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From pictures, squeezed into [0.1, 0.9], to logits."""
+    """From pictures, squeezed into [0.1, 0.9], to logits, or to what else has ``outputs`` channels."""
 
-    def __init__(self, settings: PaperDVAESettings) -> None:
+    def __init__(self, settings: PaperDVAESettings, outputs: int) -> None:
         super().__init__()
         s = settings
         widths = [s.n_hid * 2**i for i in range(s.groups)]
         groups = _groups(s.n_hid, widths, s.blocks, _ENCODER_KERNELS, ("pool", nn.MaxPool2d(2)))
-        first, last = Convolution(3, s.n_hid, 7), Convolution(widths[-1], s.codes, 1)
+        first, last = Convolution(3, s.n_hid, 7), Convolution(widths[-1], outputs, 1)
         self.blocks = nn.Sequential(OrderedDict([("input", first), *groups, ("output", _output(last))]))
 
     def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Map ``(B, 3, S, S)`` to ``(B, K, g, g)``; all but the output runs in ``dtype``."""
+        """Map ``(B, 3, S, S)`` to ``(B, outputs, g, g)``; all but the output runs in ``dtype``."""
         return self.blocks[-1](run_in(self.blocks[:-1], x, dtype))
 
 
 class Decoder(nn.Module):
-    """From weights of the codes to the parameters of the likelihood."""
+    """From weights of the codes, or what else has ``inputs`` channels, to the parameters of the likelihood."""
 
-    def __init__(self, settings: PaperDVAESettings) -> None:
+    def __init__(self, settings: PaperDVAESettings, inputs: int) -> None:
         super().__init__()
         s = settings
         widths = [s.n_hid * 2**i for i in reversed(range(s.groups))]
         groups = _groups(s.n_init, widths, s.blocks, _DECODER_KERNELS, ("upsample", nn.Upsample(scale_factor=2)))
-        first = Convolution(s.codes, s.n_init, 1)
+        first = Convolution(inputs, s.n_init, 1)
         last = Convolution(s.n_hid, 6 if s.likelihood == "logit_laplace" else 3, 1)
         self.blocks = nn.Sequential(OrderedDict([("input", first), *groups, ("output", _output(last))]))
 
     def forward(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Map ``(B, K, g, g)`` to ``(B, 6 or 3, S, S)``; all but the input runs in ``dtype``."""
+        """Map ``(B, inputs, g, g)`` to ``(B, 6 or 3, S, S)``; all but the input runs in ``dtype``."""
         return run_in(self.blocks[1:], self.blocks[0](z), dtype)
 
 
-class PaperDVAE(RelaxedVAE):
+class PaperNetworks(nn.Module):
+    """Encoder and decoder of this shape, for whatever stands between them.
+
+    Args:
+        settings: the shape.
+        outputs: channels that the encoder ends with.
+        inputs: channels that the decoder begins with.
+    """
+
+    def __init__(self, settings: PaperDVAESettings, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder, self.decoder = Encoder(settings, outputs), Decoder(settings, inputs)
+
+    def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Map ``(B, 3, S, S)`` in [0, 1] to ``(B, outputs, g, g)``; all but the last layer runs in ``dtype``."""
+        return self.encoder(squeezed(pictures), dtype)
+
+    def render(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Map ``(B, inputs, g, g)`` to the likelihood's parameters; all but the first layer runs in ``dtype``."""
+        return self.decoder(z, dtype)
+
+    def units(self) -> list[nn.Module]:
+        """Their residual blocks, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, PaperBlock)]
+
+
+class PaperDVAE(PaperNetworks, RelaxedVAE):
     """The paper's relaxed categorical VAE.
 
     Args:
@@ -175,23 +203,8 @@ class PaperDVAE(RelaxedVAE):
         (torch.Size([3, 16]), torch.Size([3, 3, 16, 16]))
     """
 
-    settings: PaperDVAESettings  # pyright: ignore[reportIncompatibleVariableOverride]
-
     def __init__(self, settings: PaperDVAESettings) -> None:
-        super().__init__(settings)
-        self.encoder, self.decoder = Encoder(settings), Decoder(settings)
-
-    def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Logits ``(B, K, g, g)`` of the codes; ``pictures``: ``(B, 3, S, S)`` in [0, 1]; ``dtype`` as for ``loss``."""
-        return self.encoder(squeezed(pictures), dtype)
-
-    def render(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The likelihood's parameters, see ``RelaxedVAE``."""
-        return self.decoder(z, dtype)
-
-    def units(self) -> list[nn.Module]:
-        """Its residual blocks, in the order in which they run."""
-        return [module for module in self.modules() if isinstance(module, PaperBlock)]
+        super().__init__(settings, settings.codes, settings.codes)
 
 
 def _groups(

@@ -20,6 +20,7 @@ from .recipe import Recipe
 from .report import bytes_in_words as words
 from .schedules import in_steps
 from .settings import TrainSettings, build, preset
+from .stage1_settings import Stage1Settings
 from .stage2 import optimizer_of, second_matrices
 from .train import recipe_of
 from .transformer import Transformer, TransformerSettings
@@ -135,13 +136,14 @@ def _schedules(recipe: Recipe) -> str:
     how = recipe.stage1
     if recipe.weights is not None:
         return f"stage 1: not trained, weights of {recipe.weights}"
-    tau, beta, rate = (
-        round(in_steps(length, how.steps)) for length in (how.tau_steps, how.beta_steps, how.decay_steps)
-    )
+    rate = round(in_steps(how.decay_steps, how.steps))
+    if isinstance(how, Stage1Settings):
+        tau, beta = (round(in_steps(length, how.steps)) for length in (how.tau_steps, how.beta_steps))
+        kind = f"temperature {how.tau[0]:g} to {how.tau[1]:g} in {tau:,}, KL weight 0 to {how.beta:g} in {beta:,}"
+    else:
+        kind = f"bottleneck {getattr(recipe.dvae, 'bottleneck', '')}"
     return (
-        f"stage 1: {how.steps:,} steps of {how.batch} pictures; "
-        f"temperature {how.tau[0]:g} to {how.tau[1]:g} in {tau:,}, KL weight 0 to {how.beta:g} in {beta:,}, "
-        f"learning rate {how.learning_rate:g} to "
+        f"stage 1: {how.steps:,} steps of {how.batch} pictures; {kind}, learning rate {how.learning_rate:g} to "
         f"{how.learning_rate * how.final_learning_rate:.3g} in {rate:,}"
     )
 

@@ -23,7 +23,8 @@ from .model import Model
 from .published import find_published, load_published
 from .sampling import SamplingSettings
 from .settings import CheckpointOptions, InputError
-from .stage1 import Stage1Settings, train_dvae
+from .stage1 import train_dvae
+from .stage1_settings import AnyStage1Settings
 from .stage2 import Stage2Settings, train_transformer
 from .stage3 import Stage3Settings, train_contrast
 from .stages import STAGES, Stages
@@ -41,7 +42,7 @@ class Recipe:
     """The settings of all stages.
 
     Args:
-        dvae: size of the discrete VAE.
+        dvae: size of the discrete VAE, and its bottleneck.
         stage1: how it is trained.
         weights: a folder with a published encoder and decoder that take the place of training it.
         vocabulary: text tokens, at most.
@@ -58,7 +59,7 @@ class Recipe:
     """
 
     dvae: AnyDVAESettings
-    stage1: Stage1Settings
+    stage1: AnyStage1Settings
     vocabulary: int
     text_length: int
     transformer: dict[str, Any]
@@ -160,24 +161,11 @@ def train(
     Raises:
         InputError: the newest checkpoint is of other data.
     """
-    saved = None if checkpoints is None else checkpoints.facts()
-    facts = _text(source, recipe) if saved is None else {name: saved[name] for name in _TEXT}
-    if saved is not None:
-        _go_on(saved, source, journal)
-    context = dataclasses.replace(
-        context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
-    )
-    going = Stages(recipe.reducers, context, journal, checkpoints, saved, facts)
-    tokenizer = Tokenizer(facts["tokenizer"])
-    if recipe.weights is not None:
-        stage1 = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
-        going.facts["stage1"] = packed(stage1)
-    else:
-        stage1 = going.through(
-            1, recipe.stage1, functools.partial(train_dvae, source, recipe.dvae), functools.partial(build, recipe.dvae)
-        )
+    going = _begun(source, recipe, context, journal, checkpoints)
+    tokenizer = Tokenizer(going.facts["tokenizer"])
+    stage1 = _first(going, source, recipe, context)
     dvae: Any = stage1.model.eval()
-    text = {"text_vocabulary": tokenizer.vocabulary, "text_length": facts["text_length"]}
+    text = {"text_vocabulary": tokenizer.vocabulary, "text_length": going.facts["text_length"]}
     settings = TransformerSettings(**text, codes=recipe.dvae.codes, grid=recipe.dvae.grid, **recipe.transformer)
     second = functools.partial(train_transformer, source, dvae, tokenizer, settings)
     stages = [stage1, going.through(2, recipe.stage2, second, functools.partial(Transformer, settings))]
@@ -194,6 +182,40 @@ def train(
         contrast=rest[0] if rest else None,
     )
     return Trained(model=model, stages=stages, precision=recipe.precision)
+
+
+def train_tokenizer(
+    source: Source, recipe: Recipe, context: Context, journal: RunJournal, checkpoints: RunCheckpoints | None = None
+) -> StageResult:
+    """Train stage 1 alone, or what is left of it; `train` goes on from its checkpoint. Arguments are those of `train`.
+
+    Raises:
+        InputError: the newest checkpoint is of other data.
+    """
+    return _first(_begun(source, recipe, context, journal, checkpoints), source, recipe, context)
+
+
+def _begun(
+    source: Source, recipe: Recipe, context: Context, journal: RunJournal, checkpoints: RunCheckpoints | None
+) -> Stages:
+    saved = None if checkpoints is None else checkpoints.facts()
+    facts = _text(source, recipe) if saved is None else {name: saved[name] for name in _TEXT}
+    if saved is not None:
+        _go_on(saved, source, journal)
+    context = dataclasses.replace(
+        context, shards=recipe.shards, precision=recipe.precision, pictures_every=recipe.pictures_every
+    )
+    return Stages(recipe.reducers, context, journal, checkpoints, saved, facts)
+
+
+def _first(going: Stages, source: Source, recipe: Recipe, context: Context) -> StageResult:
+    """Stage 1, or the weights that take its place."""
+    if recipe.weights is None:
+        trained = functools.partial(train_dvae, source, recipe.dvae)
+        return going.through(1, recipe.stage1, trained, functools.partial(build, recipe.dvae))
+    stage1 = published_dvae(Path(recipe.weights), recipe.dvae.size, context)
+    going.facts["stage1"] = packed(stage1)
+    return stage1
 
 
 def _text(source: Source, recipe: Recipe) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What every discrete VAE here has in common: the relaxation, the loss, and the way from pictures to tokens and back.
 
 Every cell of a grid has a categorical distribution over ``K`` codes. In training it is relaxed: Gumbel noise is added
-to the logits and the softmax at temperature tau is handed to the decoder, soft in both directions, without
-straight-through. Tokens are the argmax of the logits without noise.
+to the logits and the softmax at temperature tau is handed to the decoder, soft in both directions; straight-through
+(``hard``) only where it is asked for. Tokens are the argmax of the logits without noise.
 
 The loss is the negative evidence bound divided by the sub-pixels of a picture, ``P = 3 S S``. The KL divergence is that
 of the plain categorical q against the uniform one, whatever tau is; its mean over the ``g g`` cells has the weight
@@ -26,48 +26,12 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LAPLACE_MARGIN = 0.1
-"""Pixels are squeezed into [0.1, 0.9] before the logit, A.3: the density has no mass at 0 and 1."""
-
-
-class Shape(Protocol):
-    """What a dVAE's settings tell of it."""
-
-    @property
-    def size(self) -> int:
-        """Side S of the square RGB pictures, in pixels."""
-        ...
-
-    @property
-    def grid(self) -> int:
-        """Side g of the token grid."""
-        ...
-
-    @property
-    def codes(self) -> int:
-        """K."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a picture, g squared."""
-        ...
-
-    @property
-    def likelihood(self) -> str:
-        """Either "mse" (a Gaussian of fixed width) or "logit_laplace" (A.3)."""
-        ...
-
-    @property
-    def log_scale_floor(self) -> float | None:
-        """Smallest log-width of the logit-Laplace; ``None`` for none."""
-        ...
+from .likelihood import Shape, edge_weights, negative_log_likelihood, view
 
 
 @dataclass(frozen=True)
@@ -86,17 +50,15 @@ class DVAELoss:
     kl: Tensor
     idle: Tensor
 
+    def terms(self) -> dict[str, Tensor]:
+        """The terms by name."""
+        return {"reconstruction": self.reconstruction, "kl": self.kl, "idle": self.idle}
+
 
 class RelaxedVAE(nn.Module, abc.ABC):
-    """A relaxed categorical VAE. What derives from it gives the two networks.
+    """A relaxed categorical VAE. What derives from it gives the two networks."""
 
-    Args:
-        settings: its shape.
-    """
-
-    def __init__(self, settings: Shape) -> None:
-        super().__init__()
-        self.settings = settings
+    settings: Shape
 
     @abc.abstractmethod
     def encode(self, pictures: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,7 +85,7 @@ class RelaxedVAE(nn.Module, abc.ABC):
         """Turn tokens ``(B, g * g)`` into pictures ``(B, 3, S, S)`` in [0, 1]."""
         grid = tokens.reshape(-1, self.settings.grid, self.settings.grid)
         z = F.one_hot(grid, self.settings.codes).permute(0, 3, 1, 2).to(next(self.parameters()).dtype)
-        return self._view(self.render(z))
+        return view(self.settings, self.render(z))
 
     def forward(self, pictures: Tensor, **weights: object) -> DVAELoss:
         """The loss: DistributedDataParallel synchronises only what goes through here. See ``loss``."""
@@ -137,6 +99,7 @@ class RelaxedVAE(nn.Module, abc.ABC):
         beta: float = 0.0,
         usage: float = 0.0,
         edges: float = 0.0,
+        hard: bool = False,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
@@ -154,6 +117,7 @@ class RelaxedVAE(nn.Module, abc.ABC):
             usage: weight of ``idle``, a push towards using all codes; not part of the bound.
             edges: a pixel whose channels differ from a neighbour's by up to 1 weighs up to ``1 + edges``; weights
                 have mean 1 in each picture.
+            hard: hand the decoder the likeliest code under the noise alone, with the gradient of the relaxation.
             generator: draws the Gumbel noise; ``None`` takes torch's own.
             noise: the Gumbel noise itself, ``(B, K, g, g)``, if it has been drawn already.
             dtype: what the convolutions run in, but for those that give logits and take codes (as in DALL-E).
@@ -164,7 +128,9 @@ class RelaxedVAE(nn.Module, abc.ABC):
         logits = self.encode(pictures, dtype)
         noise = gumbel(logits, generator) if noise is None else noise
         z = ((logits + noise) / tau).softmax(1)
-        errors = self._negative_log_likelihood(self.render(z, dtype), pictures)
+        if hard:
+            z = torch.zeros_like(z).scatter_(1, z.argmax(1, keepdim=True), 1.0) - z.detach() + z
+        errors = negative_log_likelihood(self.settings, self.render(z, dtype), pictures)
         if edges:
             errors = errors * edge_weights(pictures, edges)
         log_q = logits.log_softmax(1)
@@ -178,77 +144,12 @@ class RelaxedVAE(nn.Module, abc.ABC):
         total = reconstruction + beta * per_subpixel * kl + usage * idle
         return DVAELoss(total, reconstruction.detach(), kl.detach(), idle.detach())
 
-    def _negative_log_likelihood(self, outputs: Tensor, pictures: Tensor) -> Tensor:
-        if self.settings.likelihood == "mse":
-            return (outputs * 0.5 + 0.5 - pictures).square()
-        means, log_scales = outputs.chunk(2, dim=1)
-        if self.settings.log_scale_floor is not None:
-            log_scales = log_scales.clamp_min(self.settings.log_scale_floor)
-        return logit_laplace(pictures, means, log_scales)
-
-    def _view(self, outputs: Tensor) -> Tensor:
-        if self.settings.likelihood == "mse":
-            return (outputs * 0.5 + 0.5).clamp(0, 1)
-        means = outputs.chunk(2, dim=1)[0]
-        return unsqueezed(means.sigmoid())
-
 
 def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard Gumbel noise of the shape, dtype and device of ``like``."""
     uniform = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
     # torch.rand can give exactly 0, and never 1: without the clamp -log(-log(0)) is minus infinity.
     return uniform.clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_().log_().neg_()
-
-
-def logit_laplace(pictures: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Negative log-density of the sigmoid of a Laplace variable (A.3), at pictures squeezed into [0.1, 0.9].
-
-    Args:
-        pictures: in [0, 1].
-        means: of the Laplace variable, same shape.
-        log_scales: logarithm of its width b, same shape.
-
-    Returns:
-        In nats, one value a sub-pixel.
-    """
-    x = squeezed(pictures)
-    distance = (x.logit() - means).abs() * (-log_scales).exp()
-    return distance + log_scales + math.log(2) + x.log() + (1 - x).log()
-
-
-def squeezed(pictures: Tensor) -> Tensor:
-    """Pixels in [0, 1], squeezed into [0.1, 0.9] (A.3).
-
-    Example:
-        >>> squeezed(torch.tensor([0.0, 0.5, 1.0]))
-        tensor([0.1000, 0.5000, 0.9000])
-    """
-    return (1 - 2 * LAPLACE_MARGIN) * pictures + LAPLACE_MARGIN
-
-
-def unsqueezed(x: Tensor) -> Tensor:
-    """Undo `squeezed`; what lies beyond becomes 0 or 1.
-
-    Example:
-        >>> unsqueezed(torch.tensor([0.05, 0.1, 0.5, 0.95]))
-        tensor([0.0000, 0.0000, 0.5000, 1.0000])
-    """
-    return ((x - LAPLACE_MARGIN) / (1 - 2 * LAPLACE_MARGIN)).clamp(0, 1)
-
-
-def edge_weights(pictures: Tensor, edges: float) -> Tensor:
-    """Weights ``(B, 1, S, S)`` with mean 1 in each picture, larger where neighbouring pixels differ.
-
-    Args:
-        pictures: ``(B, 3, S, S)`` in [0, 1].
-        edges: how much more a step of 1 in some channel weighs than flat colour.
-    """
-    rows = (pictures[:, :, 1:] - pictures[:, :, :-1]).abs().amax(1, keepdim=True)
-    columns = (pictures[..., 1:] - pictures[..., :-1]).abs().amax(1, keepdim=True)
-    vertical = F.pad(rows, (0, 0, 0, 1)).maximum(F.pad(rows, (0, 0, 1, 0)))
-    horizontal = F.pad(columns, (0, 1)).maximum(F.pad(columns, (1, 0)))
-    weights = 1 + edges * vertical.maximum(horizontal)
-    return weights / weights.mean((2, 3), keepdim=True)
 
 
 def run_in(part: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -96,9 +96,10 @@ def _compare(out: Path, command: str, settings: Any, what: str) -> None:
     way = "give another --out, or --fresh to train anew"
     try:
         begun = json.loads((out / BEGUN).read_text(encoding="utf-8"))
-        there, its_command = begun["settings"], begun["command"]
+        # A run of a version that had not all fields was one with their defaults.
+        there, its_command = {**flat(type(settings)()), **begun["settings"]}, begun["command"]
         here = flat(settings)
-        odd = [name for name in here if name in there and there[name] != here[name]]
+        odd = [name for name in here if there[name] != here[name]]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"--out {out}: holds {what} whose settings are not known ({BEGUN}); {way}") from None
     if its_command != command:

@@ -26,12 +26,30 @@ READING = ("auto", "memory", "stream")
 DEMOS = ("demo", "small")
 ATTENTIONS = ("full", "paper")
 ACTIVATIONS = ("relu", "gelu")
+RELAXED = ("relaxed", "relaxed_st")
+"""Bottlenecks of stage 1 that are relaxed categorical variables: they have a temperature and an evidence bound."""
+TABLES = ("vq", "ema", "simvq")
+"""Bottlenecks that have a table of vectors, of which a cell takes the nearest."""
+BOTTLENECKS = (*RELAXED, *TABLES, "fsq", "lfq")
 PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parent / "presets").glob("*.toml")))
 """Files of settings that are installed with the package, by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage1Options:
+class TokenizerOptions:
+    """Of the table ``[stage1]``, what makes codes of pictures: all that the demo can be told of it."""
+
+    codes: int | None = _number(None, 2, 65_536, "size of the codebook")
+    bottleneck: str = _choice("relaxed", BOTTLENECKS, "what makes codes of the encoder's output")
+    dimension: int | None = _number(None, 1, 4096, "vq, ema, simvq: features of a code's vector")
+    commitment: float | None = _number(None, 0.0, 1000.0, "vq, ema, simvq: weight of the term that moves the encoder")
+    rotation: bool | None = dataclasses.field(
+        default=None, metadata={"meaning": "vq, ema, simvq: hand gradients to the encoder by the rotation trick"}
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage1Options(TokenizerOptions):
     """The table ``[stage1]``: the discrete VAE. What is left out keeps the default of the architecture.
 
     Lengths of schedules are a whole number of steps (``5000``) or a fraction of the run (``0.05``; ``1.0``: all of it).
@@ -48,7 +66,6 @@ class Stage1Options:
     clip: float | None = _number(None, 0.0, 1e8, "largest global norm of the gradient; 0 for none")
     averaging: float | None = _number(None, 0.0, 1 - 1e-9, "decay a step of the averaged weights; 0: the last weights")
     accumulate: int | None = _number(None, 1, 65_536, "micro-batches of a rank's share of the batch")
-    codes: int | None = _number(None, 2, 65_536, "size of the codebook")
     patch: int = _number(4, 1, 64, "side of the pixels under one token; divides the size of the pictures")
     width: int | None = _number(None, 1, 8192, "small: channels of the residual stream")
     neck: int | None = _number(None, 1, 8192, "small: channels inside a residual block")
@@ -224,6 +241,7 @@ class TrainSettings:
                 allowed = f"a regular expression: {error}"
                 raise SettingError("data.boilerplate", self.data.boilerplate, allowed) from None
         _check_architecture(self.stage1)
+        _check_bottleneck(self.stage1)
         width, heads = self.stage2.width, self.stage2.heads
         if width % heads:
             raise SettingError("stage2.width", width, f"a multiple of stage2.heads, which is {heads}")
@@ -244,6 +262,7 @@ class DemoSettings:
     Args:
         preset: "demo", ten minutes on two cores, or "small", an hour at most.
         seed: decides initial weights, batches and samples; the task itself is always the same.
+        stage1: which tokenizer is trained.
         steps_1: optimizer steps of stage 1, for a quick look; ``None`` is the preset.
         steps_2: the same for stage 2.
         steps_3: the same for stage 3, the contrastive model; 0 trains none.
@@ -261,6 +280,7 @@ class DemoSettings:
 
     preset: str = _choice("demo", DEMOS, "how long to train")
     seed: int = _number(0, 0, MAX_SEED, "decides initial weights, batches and samples")
+    stage1: TokenizerOptions = TokenizerOptions()
     steps_1: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 1")
     steps_2: int | None = _number(None, 1, 10_000_000, "optimizer steps of stage 2")
     steps_3: int | None = _number(None, 0, 10_000_000, "optimizer steps of stage 3; 0 trains none")
@@ -274,6 +294,7 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         check(self)
+        _check_bottleneck(self.stage1)
 
 
 _OF_ONE = {"width": "small", "neck": "small", "n_hid": "paper", "n_init": "paper", "blocks": "paper"}
@@ -291,6 +312,23 @@ def _check_architecture(stage1: Stage1Options) -> None:
         raise SettingError("stage1.n_hid", stage1.n_hid, "a multiple of 4")
     if chosen != "paper" and stage1.weights is not None:
         raise SettingError("stage1.architecture", chosen, "paper, which the published weights are of")
+
+
+_OF_RELAXED = ("tau", "tau_steps", "beta", "beta_steps", "usage")
+_OF_TABLES = ("dimension", "commitment", "rotation")
+
+
+def _check_bottleneck(stage1: TokenizerOptions) -> None:
+    """Refuse what only other bottlenecks have."""
+    chosen = stage1.bottleneck
+    for names, kinds in ((_OF_RELAXED, RELAXED), (_OF_TABLES, TABLES)):
+        for name in names:
+            value = getattr(stage1, name, None)
+            if value is not None and chosen not in kinds:
+                allowed = f"left out: bottleneck is {chosen}, it is of {', '.join(kinds)}"
+                raise SettingError(f"stage1.{name}", value, allowed)
+    if chosen != "relaxed" and getattr(stage1, "weights", None) is not None:
+        raise SettingError("stage1.bottleneck", chosen, "relaxed, which the published weights are of")
 
 
 def check_shard(settings: TrainSettings | DemoSettings, ranks: int) -> None:

@@ -28,7 +28,7 @@ def attribute_rows(attributes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def measure_rows(measures: Sequence[Mapping[str, Any]]) -> list[str]:
     """Rows of what ``measures.measure`` gives, one column each."""
-    bounds = [of["bound"] for of in measures]
+    bounds = [of["bound"] for of in measures if of["bound"] is not None]
     return [
         _row("pictures measured", [of["n"] for of in measures], str),
         _row("reconstruction: mean squared error", [of["mse"] for of in measures], _small),
@@ -36,13 +36,19 @@ def measure_rows(measures: Sequence[Mapping[str, Any]]) -> list[str]:
         _row("  SSIM", [of["ssim"] for of in measures], "{:.4f}".format),
         _row(f"codes in use, of {measures[0]['codes']}", [of["codes_used"] for of in measures], str),
         _row("  perplexity", [of["perplexity"] for of in measures], "{:.1f}".format),
+        *(_bound_rows(bounds) if bounds else ["-ELBO: none, for a quantizer gives no distribution over codes"]),
+        _row("image loss, nats a token", [of["image_loss"] for of in measures], "{:.4f}".format),
+    ]
+
+
+def _bound_rows(bounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
         _row("-ELBO, nats a picture", [of["nats"] for of in bounds], "{:.1f}".format),
         _row("  reconstruction", [of["reconstruction"] for of in bounds], "{:.1f}".format),
         _row("  KL to uniform codes", [of["kl"] for of in bounds], "{:.1f}".format),
         _row("  bits per dimension", [of["bits_per_dimension"] for of in bounds], "{:.4f}".format),
         _row("  KL to the transformer, given the caption", [of["kl_prior"] for of in bounds], "{:.1f}".format),
         _row("  bits per dimension with it", [of["bits_per_dimension_prior"] for of in bounds], "{:.4f}".format),
-        _row("image loss, nats a token", [of["image_loss"] for of in measures], "{:.4f}".format),
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import architectures, pages, recipe, report, resume, runs, stage1
+from . import architectures, pages, recipe, report, resume, runs, stage1_settings
 from .checkpoints import RunCheckpoints
 from .context import Context
 from .data import batches, opening
@@ -134,7 +134,7 @@ def recipe_of(settings: TrainSettings) -> Recipe:
     averaged = reducer(how.reducer, how.rank, settings.precision, wire=how.wire, separate=how.separate)
     return Recipe(
         dvae=architectures.settings_of(settings.stage1, settings.size),
-        stage1=stage1.settings_of(settings.stage1),
+        stage1=stage1_settings.settings_of(settings.stage1),
         weights=settings.stage1.weights,
         vocabulary=vocabulary,
         text_length=text_length,

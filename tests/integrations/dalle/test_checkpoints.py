@@ -21,7 +21,7 @@ from distopt.integrations.dalle.precision import reducer
 from distopt.integrations.dalle.recipe import Recipe
 from distopt.integrations.dalle.sampling import SamplingSettings
 from distopt.integrations.dalle.settings import CheckpointOptions, InputError
-from distopt.integrations.dalle.stage1 import Stage1Settings
+from distopt.integrations.dalle.stage1_settings import Stage1Settings
 from distopt.integrations.dalle.stage2 import Stage2Settings
 from distopt.integrations.running.journal import RunJournal
 from safetensors.torch import load_file

@@ -13,7 +13,7 @@ from distopt.integrations.dalle.cli import main
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAESettings
 from distopt.integrations.dalle.settings import DemoSettings, TrainSettings, build
-from distopt.integrations.dalle.stage1 import Stage1Settings
+from distopt.integrations.dalle.stage1_settings import Stage1Settings
 from PIL import Image
 
 import distopt

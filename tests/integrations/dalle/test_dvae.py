@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
+from distopt.integrations.dalle.likelihood import edge_weights, logit_laplace
+from distopt.integrations.dalle.relaxed import gumbel
 from distopt.integrations.tokenizers.kmeans import kmeans
-from distopt.integrations.dalle.relaxed import edge_weights, gumbel, logit_laplace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from distopt.integrations.dalle.architectures import build, from_table, to_table
 from distopt.integrations.dalle.dvae import DVAESettings
+from distopt.integrations.dalle.likelihood import logit_laplace
 from distopt.integrations.dalle.paper_dvae import Convolution, PaperDVAE, PaperDVAESettings
-from distopt.integrations.dalle.relaxed import logit_laplace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

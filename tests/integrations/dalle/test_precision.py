@@ -10,7 +10,8 @@ from distopt.integrations.dalle import stage1, stage2
 from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
 from distopt.integrations.dalle.precision import LossScaler, Stepper, adamw, reducer
-from distopt.integrations.dalle.stage1 import Stage1Settings, train_dvae
+from distopt.integrations.dalle.stage1 import train_dvae
+from distopt.integrations.dalle.stage1_settings import Stage1Settings
 from distopt.integrations.dalle.stage2 import Stage2Settings, train_transformer
 from distopt.integrations.dalle.text import Tokenizer
 from distopt.integrations.dalle.transformer import Transformer, TransformerSettings

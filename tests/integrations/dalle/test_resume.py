@@ -6,8 +6,16 @@ import json
 import pytest
 from distopt.integrations.dalle import resume
 from distopt.integrations.dalle.cli import main
-from distopt.integrations.dalle.settings import CheckpointOptions, DemoSettings, InputError, TrainSettings, build
+from distopt.integrations.dalle.settings import (
+    CheckpointOptions,
+    DemoSettings,
+    InputError,
+    TokenizerOptions,
+    TrainSettings,
+    build,
+)
 from distopt.integrations.running import launch
+from distopt.integrations.running.fields import leaves
 
 DEMO = DemoSettings()
 
@@ -54,12 +62,23 @@ def test_every_field_is_compared_but_those_that_may_change(tmp_path):
     stopped(tmp_path)
     free = dataclasses.replace(DEMO, shard=2, pictures_every=7, checkpoint=CheckpointOptions(keep=5))
     assert begin(tmp_path, free)
-    names = {field.name for field in dataclasses.fields(DemoSettings)}
-    assert resume.flat(DEMO).keys() == names - set(resume.MAY_CHANGE)
+    names = {name for name, *_ in leaves(DemoSettings)}
+    assert resume.flat(DEMO).keys() == {name for name in names if name.partition(".")[0] not in resume.MAY_CHANGE}
     flat = resume.flat(build(TrainSettings, {"stage1": {"betas": [0.5, 0.6]}}))
     assert flat["stage1.betas"] == [0.5, 0.6]
     assert not [name for name in flat if name.startswith("checkpoint")]
     assert json.loads(json.dumps(flat)) == flat
+
+
+def test_a_run_of_a_version_without_a_field_had_its_default(tmp_path):
+    begin(tmp_path)
+    stopped(tmp_path)
+    begun = json.loads((tmp_path / resume.BEGUN).read_text())
+    del begun["settings"]["stage1.bottleneck"]
+    (tmp_path / resume.BEGUN).write_text(json.dumps(begun))
+    assert begin(tmp_path)
+    with pytest.raises(InputError, match=r'with stage1\.bottleneck = "relaxed", not "simvq"'):
+        begin(tmp_path, DemoSettings(stage1=TokenizerOptions(bottleneck="simvq")))
 
 
 def test_fresh_begins_anew_once(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from distopt.integrations.dalle.context import Context
 from distopt.integrations.dalle.dvae import DVAE, DVAESettings
 from distopt.integrations.dalle.paper_dvae import PaperDVAE, PaperDVAESettings
 from distopt.integrations.dalle.settings import Stage1Options, TrainSettings, build, preset
-from distopt.integrations.dalle.stage1 import Stage1Settings, evaluate_tokenizer, settings_of, train_dvae
+from distopt.integrations.dalle.stage1 import evaluate_tokenizer, train_dvae
+from distopt.integrations.dalle.stage1_settings import Stage1Settings, settings_of
 from distopt.integrations.scenes.draw import Scenes
 
 import distopt
