@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +45,8 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: what follows the command's name; ``None`` takes those of this process.
-
-    Returns:
-        The exit code: 0, 2 for bad settings or input (one line on stderr has said what), 130 after Ctrl-C, 1 otherwise.
-    """
-    return command.run(COMMAND, _parser(), list(sys.argv[1:] if arguments is None else arguments))
+    """Run the command; arguments and exit codes are those of `running.command.run`."""
+    return command.run(COMMAND, _parser(), arguments)
 
 
 def _demo(parsed: argparse.Namespace, given: Sequence[str]) -> int:

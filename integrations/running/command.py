@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,17 +22,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(launch.REFUSED, f"{self.prog}: error: {message}\n")
 
 
-def run(command: launch.Command, parser: argparse.ArgumentParser, given: Sequence[str]) -> int:
+def run(command: launch.Command, parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     """Do what a command is told.
 
     Args:
         command: which.
         parser: whose result has a function ``run(parsed, given)``, which returns an exit code.
-        given: what follows the command's name.
+        arguments: what follows the command's name; ``None`` takes those of this process.
 
     Returns:
         The exit code: 0, 2 for bad settings or input (one line on stderr has said what), 130 after Ctrl-C, 1 otherwise.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed = parser.parse_args(given)
         return parsed.run(parsed, given)
