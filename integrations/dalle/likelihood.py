@@ -93,6 +93,7 @@ def squeezed(pictures: Tensor) -> Tensor:
     """Pixels in [0, 1], squeezed into [0.1, 0.9] (A.3).
 
     Example:
+        >>> import torch
         >>> squeezed(torch.tensor([0.0, 0.5, 1.0]))
         tensor([0.1000, 0.5000, 0.9000])
     """
@@ -103,6 +104,7 @@ def unsqueezed(x: Tensor) -> Tensor:
     """Undo `squeezed`; what lies beyond becomes 0 or 1.
 
     Example:
+        >>> import torch
         >>> unsqueezed(torch.tensor([0.05, 0.1, 0.5, 0.95]))
         tensor([0.0000, 0.0000, 0.5000, 1.0000])
     """
