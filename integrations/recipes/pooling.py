@@ -11,6 +11,7 @@ probabilities are their logarithms, in float32 under autocast, and a bag of a th
 and gradient.
 """
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -28,7 +29,7 @@ KINDS = ("noisy-and", "noisy-or", "isr", "lse", "max", "mean")
 """What `pooling` makes; attention pools features instead, see `attention`."""
 
 
-class Pooling(nn.Module):
+class Pooling(nn.Module, abc.ABC):
     """Instances' log-odds to bags' log-odds; its kinds are the classes below, and `pooling` makes one by its name."""
 
     def forward(self, logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -49,9 +50,9 @@ class Pooling(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             return self.pool(full.masked_fill(~mask.unsqueeze(-1), 0.0), mask)
 
+    @abc.abstractmethod
     def pool(self, z: Tensor, mask: Tensor) -> Tensor:
         """What `forward` does with log-odds that are finite outside of the mask, and a mask that fits."""
-        raise NotImplementedError
 
 
 class NoisyAnd(Pooling):
