@@ -2,7 +2,7 @@
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -18,7 +18,7 @@ def exempt_names(model: nn.Module) -> frozenset[str]:
     Gradients of embeddings are sparse in rows, those of norms and biases are small and decide much: the papers exempt
     them alike (Ramesh et al. 2021, appendix D, guideline 2). A parameter tied to an embedding is one. Norms
     and embeddings are known by the name of their class or of one that it derives from, as in ``nn.BatchNorm2d``,
-    ``LlamaRMSNorm``, ``BertEmbeddings``.
+    ``LlamaRMSNorm``, ``BertEmbeddings``; with a parametrisation, such as a spectral norm, they stay what they are.
 
     Args:
         model: any module, without its DDP wrapper.
@@ -31,7 +31,7 @@ def exempt_names(model: nn.Module) -> frozenset[str]:
         >>> sorted(exempt_names(model))
         ['embed.weight', 'lm_head.bias', 'lm_head.weight', 'mix.bias']
     """
-    owned = {id(p) for module in model.modules() if _is_exempt(module) for p in module.parameters(recurse=False)}
+    owned = {id(p) for module in model.modules() if _is_exempt(module) for p in _own_parameters(module)}
     return frozenset(
         name
         for name, p in model.named_parameters()
@@ -56,6 +56,14 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _is_exempt(module: nn.Module) -> bool:
     kinds = [kind.__name__ for kind in type(module).__mro__]
     return any(_NORM.search(kind) or "Embedding" in kind for kind in kinds)
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the module itself, also where a parametrisation computes them from others."""
+    yield from module.parameters(recurse=False)
+    if isinstance(originals := getattr(module, "parametrizations", None), nn.ModuleDict):
+        for original in originals.values():
+            yield from original.parameters(recurse=False)
 
 
 def plain_name(name: str) -> str:

@@ -229,14 +229,9 @@ class Trainer:
         return finite
 
 
-def reducer_of(settings: TrainSettings) -> distopt.ByName:
-    """What averages the gradients that settings ask for.
-
-    Vectors, batch norms and embeddings are sent whole by default. The discriminator's embedding is normalised, by which
-    it is a parameter of the normalisation and not of an ``nn.Embedding`` any more: so the rule names it.
-    """
-    others = distopt.PowerSGD(rank=settings.rank) if settings.reducer == "powersgd" else distopt.AllReduce()
-    return distopt.ByName({"classes.*": distopt.AllReduce()}, default=others)
+def reducer_of(settings: TrainSettings) -> distopt.PowerSGD | distopt.AllReduce:
+    """What averages the gradients that settings ask for; vectors, batch norms and embeddings are sent whole anyway."""
+    return distopt.PowerSGD(rank=settings.rank) if settings.reducer == "powersgd" else distopt.AllReduce()
 
 
 def _distributed(network: nn.Module, settings: TrainSettings) -> tuple[nn.Module, distopt.Registration | None]:

@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from distopt.attach.exemptions import exempt_names
 
@@ -42,3 +44,21 @@ def test_everything_but_matrices_is_exempt():
     model = Model()
     compressed = {name for name, _ in model.named_parameters()} - exempt_names(model)
     assert compressed == {"patches.project.weight", "mix.weight", "conv.weight", "bare"}
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Linear(8, 8, bias=False)
+
+    def forward(self, weight):
+        return self.by(weight)
+
+
+def test_a_parametrised_embedding_is_one():
+    model = nn.ModuleDict({"words": nn.Embedding(20, 8), "mix": nn.Linear(8, 8, bias=False)})
+    for module in model.values():
+        spectral_norm(module)
+    register_parametrization(model["words"], "weight", Scaled())
+    compressed = {name for name, _ in model.named_parameters()} - exempt_names(model)
+    assert compressed == {"mix.parametrizations.weight.original", "words.parametrizations.weight.1.by.weight"}
