@@ -23,6 +23,7 @@ class TrainSettings:
     discriminator_steps: int = number(1, 1, 64, "steps of the discriminator for one of the generator")
     generator_rate: float = number(5e-4, 1e-8, 1.0, "learning rate of the generator")
     discriminator_rate: float = number(1e-3, 1e-8, 1.0, "learning rate of the discriminator")
+    decay: float = number(0.5, 0.0, 1.0, "part of the steps, at the end, over which both rates fall to 0 in a line")
     orthogonal: float = number(1e-4, 0.0, 1e4, "weight of the generator's orthogonal regularisation")
     gamma: float = number(0.0, 0.0, 1e6, "weight of R1, the penalty on the discriminator's slope at real pictures")
     averaging: float = number(0.99, 0.0, 1 - 1e-9, "decay a step of the averaged generator, which is the one kept")

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from distopt import checkpoint
 
 from ..running.journal import RunJournal
+from ..running.launch import Stopped
+from ..running.signals import Signals
 from . import drawn, runs
 from .sampling import Point, curve, draw_pictures, prepare
 from .settings import TrainSettings
@@ -30,7 +33,12 @@ def run(settings: TrainSettings, out: Path, device: torch.device) -> None:
         settings: what the user chose.
         out: the run's folder, which exists.
         device: of this rank.
+
+    Raises:
+        Stopped: a signal asked to stop; everything has been saved.
     """
+    # Of the gradient of a weight with one row, whose strides differ and whose bytes do not.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     first = not dist.is_initialized() or dist.get_rank() == 0
     trainer, history = Trainer(settings, *drawn.everything(), device), checkpoint.Value([])
     if checkpoint.latest(out / runs.CHECKPOINTS) is not None:
@@ -40,7 +48,8 @@ def run(settings: TrainSettings, out: Path, device: torch.device) -> None:
     journal.begin({"biggan": trainer.taken})
     if trainer.taken:
         journal.say(f"goes on after step {trainer.taken}")
-    with journal.stage("biggan") as stage:
+    signals = Signals()
+    with journal.stage("biggan") as stage, signals.heard():
         while trainer.taken < settings.steps:
             progress = trainer.step()
             if progress.spectra:
@@ -48,8 +57,11 @@ def run(settings: TrainSettings, out: Path, device: torch.device) -> None:
                 history.value.append(_entry(trainer.taken, progress))
             for warned in progress.warned:
                 journal.say(f"collapse may be near: {warned}")
-            if settings.checkpoint_every and trainer.taken % settings.checkpoint_every == 0:
+            number = signals.agreed(device)
+            if number or (settings.checkpoint_every and trainer.taken % settings.checkpoint_every == 0):
                 trainer.save(out / runs.CHECKPOINTS, history=history)
+            if number:
+                raise Stopped(number, f"step {trainer.taken}")
     if first:
         journal.say(f"judging {settings.judged} pictures at each threshold")
         _finish(settings, out, trainer, history.value, time.perf_counter() - began, journal)

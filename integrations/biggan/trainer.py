@@ -89,9 +89,8 @@ class Trainer:
             settle(network)
         self._generator, self.generator_registration = _distributed(self.generator, settings)
         self._discriminator, self.discriminator_registration = _distributed(self.discriminator, settings)
-        self._generator_optimizer = torch.optim.Adam(self.generator.parameters(), settings.generator_rate, betas=_BETAS)
-        self._discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), settings.discriminator_rate, betas=_BETAS
+        self._generator_optimizer, self._discriminator_optimizer = (
+            torch.optim.Adam(network.parameters(), betas=_BETAS) for network in (self.generator, self.discriminator)
         )
         self.average = IterateAverage(self.generator, decay=settings.averaging, every=1, device=device)
         self._alarm = CollapseAlarm()
@@ -114,14 +113,14 @@ class Trainer:
         for _ in range(settings.discriminator_steps):
             comparing = next(compared)
             self._learn(self.discriminator, comparing, self._comparing_loss)
-            self._move(self.discriminator, self._discriminator_optimizer)
+            self._move(self.discriminator, self._discriminator_optimizer, settings.discriminator_rate)
         drawing = next(drawn)
         with frozen(self.discriminator), held(self.discriminator):
             self._learn(self.generator, drawing, self._drawing_loss)
         # Behind the reduction: it is the same on all ranks as it is.
         embedding = self.generator.classes.weight
         add_penalty_gradient((p for p in self.generator.parameters() if p is not embedding), settings.orthogonal)
-        if self._move(self.generator, self._generator_optimizer):
+        if self._move(self.generator, self._generator_optimizer, settings.generator_rate):
             self.average.update()
         self.taken += 1
         if self.taken % settings.readings_every and self.taken != settings.steps:
@@ -218,8 +217,11 @@ class Trainer:
     def _drawing_loss(self, part: Drawn) -> Tensor:
         return generator_hinge(self.discriminator(self._generator(part.noise, part.classes), part.classes), "sum")
 
-    def _move(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    def _move(self, network: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> bool:
         """Let the optimizer step, unless a gradient is not finite, which it is on all ranks or none."""
+        falling = self.settings.decay * self.settings.steps
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (self.settings.steps - self.taken) / falling) if falling else rate
         norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
         if finite := bool(norm.isfinite()):
             optimizer.step()

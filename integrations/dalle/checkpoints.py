@@ -8,10 +8,8 @@ function of it), the text tokenizer and, in stage 2, the finished stage 1. Savin
 
 import contextlib
 import dataclasses
-import signal
-import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,13 @@ from distopt import checkpoint
 from distopt.errors import StateError
 
 from ..running.launch import Stopped
+from ..running.signals import Signals
 from .context import Context, StageResult
 from .settings import CheckpointOptions
 
 FORMAT = 1
 _ASK_SECONDS = 0.5
 """How often, about, the ranks ask each other whether to save or to stop."""
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class RunCheckpoints:
@@ -96,7 +94,7 @@ class StageSaver:
         self._saved_at = self._asked_at = time.monotonic()
         self._first = self._asked = 0
         self._ask = 1
-        self._signals = _Signals()
+        self._signals = Signals()
 
     def resume(self, states: Mapping[str, Any], registration: distopt.Registration | None) -> int:
         """See ``context.StageCheckpoints``."""
@@ -163,30 +161,6 @@ class StageSaver:
         if self._registration is not None and own is not None:
             self._registration.load_own_residuals(own)
         self._saved_at = time.monotonic()
-
-
-class _Signals:
-    """Takes note of SIGTERM and Ctrl-C while it listens; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    @contextlib.contextmanager
-    def heard(self) -> Generator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = [signal.signal(number, self._note) for number in _SIGNALS]
-        try:
-            yield
-        finally:
-            for number, handler in zip(_SIGNALS, before, strict=True):
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 def packed(result: StageResult) -> dict[str, Any]:

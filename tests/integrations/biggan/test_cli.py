@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from distopt.integrations.biggan import runs
+import torch
+from distopt.integrations.biggan import runs, train
 from distopt.integrations.biggan.cli import main
 from distopt.integrations.biggan.settings import TrainSettings
+from distopt.integrations.biggan.trainer import Trainer
 from distopt.integrations.running import launch
 from distopt.integrations.running.fields import InputError
 from PIL import Image
@@ -96,15 +99,15 @@ def _start(arguments):
 def test_a_run_that_is_killed_goes_on_and_is_sampled_from(tmp_path, capsys):
     """It ends with the same bytes as one that was left alone; `test_trainer` has the same on two ranks."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train = ["train", *TINY, "--ranks", "1", "--steps", "8", "--checkpoint_every", "3", "--out"]
-    with _start([*train, str(killed)]) as process:
+    command = ["train", *TINY, "--ranks", "1", "--steps", "8", "--checkpoint_every", "3", "--out"]
+    with _start([*command, str(killed)]) as process:
         while process.poll() is None and not list(killed.glob(f"{runs.CHECKPOINTS}/*-step-*")):
             time.sleep(0.02)
         process.kill()
     assert not (killed / runs.GENERATOR).exists()
-    with _start([*train, str(killed)]) as process:
+    with _start([*command, str(killed)]) as process:
         assert "goes on after step" in process.communicate()[0]
-    with _start([*train, str(whole)]) as process:
+    with _start([*command, str(whole)]) as process:
         process.communicate()
     assert (killed / runs.GENERATOR).read_bytes() == (whole / runs.GENERATOR).read_bytes()
     report, other = (json.loads((folder / runs.REPORT).read_text()) for folder in (killed, whole))
@@ -124,6 +127,27 @@ def test_a_run_that_is_killed_goes_on_and_is_sampled_from(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(sheet) for sheet in sheets]
     assert sheets[0].read_bytes() == sheets[1].read_bytes() != sheets[2].read_bytes()
     assert Image.open(sheets[0]).size[0] == 2 * (16 + 2) * 3
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, monkeypatch):
+    """Its command then ends with 143 (`work` is tested with DALL-E's), and goes on from there."""
+    settings = TrainSettings(width=8, noise=12, shared=8, batch=8, steps=3, checkpoint_every=0, judged=12, standing=2)
+    taken, step = [], Trainer.step
+
+    def interrupted(trainer):
+        if not taken:
+            signal.raise_signal(signal.SIGTERM)
+        progress = step(trainer)
+        taken.append(trainer.taken)
+        return progress
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    assert runs.begin(tmp_path, settings, fresh=False)
+    with pytest.raises(launch.Stopped, match="stopped by SIGTERM and saved after step 1"):
+        train.run(settings, tmp_path, torch.device("cpu"))
+    train.run(settings, tmp_path, torch.device("cpu"))
+    assert taken == [1, 2, 3]
+    assert (tmp_path / runs.GENERATOR).exists()
 
 
 def test_the_ring(tmp_path, capsys):

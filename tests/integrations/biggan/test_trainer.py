@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 import torch.distributed as dist
 from distopt.integrations.biggan import drawn
@@ -235,3 +236,17 @@ def test_plain_averaging_is_the_other_reducer():
 
     assert reducer_of(TrainSettings(reducer="allreduce")) == AllReduce()
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("decay", "wanted"), [(0.0, [1.0] * 4), (0.5, [1.0, 1.0, 1.0, 0.5]), (1.0, [1.0, 0.75, 0.5, 0.25])]
+)
+def test_rates_fall_to_nothing_behind_the_last_step(decay, wanted):
+    trainer = _trainer(steps=4, decay=decay)
+    rates = []
+    for _ in range(4):
+        trainer.step()
+        optimizers = (trainer._generator_optimizer, trainer._discriminator_optimizer)
+        rates.append(tuple(optimizer.param_groups[0]["lr"] for optimizer in optimizers))
+    base = trainer.settings
+    assert rates == [(part * base.generator_rate, part * base.discriminator_rate) for part in wanted]
