@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -67,18 +68,18 @@ def draw_spectra(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         history: readings with ``step`` and ``spectra``.
     """
     steps = [reading["step"] for reading in history]
-    figure, panels = _figure(2)
+    figure, panels = _figure(2, width=6.0)
     for panel, network in zip(panels, ("generator", "discriminator"), strict=True):
-        names = [name for name in history[0]["spectra"] if name.startswith(network)]
         # Norms' gains and biases are many and alike.
-        for place, name in enumerate(names := [name for name in names if ".norms." not in name]):
+        names = [name for name in history[0]["spectra"] if name.startswith(network) and ".norms." not in name]
+        for name, colour in zip(names, colormaps["turbo"](np.linspace(0.05, 0.95, len(names))), strict=True):
             values = np.array([reading["spectra"][name] for reading in history])
-            colour = f"C{place % 10}" if place < 10 else "0.6"
+            values[values == 0] = np.nan  # those that a small matrix does not have
             for rank, style in enumerate(("-", "--", ":")):
-                label = name.removeprefix(f"{network}.") if rank == 0 else None
+                label = name.removeprefix(f"{network}.").removesuffix(".weight") if rank == 0 else None
                 panel.plot(steps, values[:, rank], style, color=colour, linewidth=1, label=label)
         panel.set(title=network, xlabel="step", ylabel="singular value, before normalisation")
-        panel.legend(fontsize=5, ncols=2)
+        panel.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
     _write(figure, path)
 
 
@@ -103,8 +104,8 @@ def rows_by_class(pictures: Tensor, classes: Tensor) -> list[Tensor]:
     return [pictures[classes == one] for one in torch.unique(classes)]
 
 
-def _figure(panels: int) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.5 * panels, 4), layout="constrained")
+def _figure(panels: int, width: float = 4.5) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels)
 
