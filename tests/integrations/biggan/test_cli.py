@@ -18,7 +18,7 @@ from distopt.integrations.running.fields import InputError
 from PIL import Image
 
 TINY = ["--width", "8", "--noise", "12", "--shared", "8", "--batch", "8", "--judged", "12", "--readings_every", "1"]
-TINY += ["--standing", "2"]
+TINY += ["--standing", "2", "--discriminator_steps", "1"]
 
 
 @pytest.fixture(autouse=True)
