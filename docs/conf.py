@@ -12,6 +12,8 @@ version = release = distopt.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"distopt {version}"
 html_show_copyright = html_copy_source = html_show_sphinx = False
 highlight_language = "text"
@@ -20,7 +22,7 @@ smartquotes = False
 myst_heading_anchors = 4  # as GitHub makes them
 
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 default_role = "py:obj"  # what docstrings put between single backquotes: names, and arguments

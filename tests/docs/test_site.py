@@ -67,7 +67,12 @@ def test_warnings_are_given(tmp_path):
     (tmp_path / "index.md").write_text("# A\n\n[gone](gone.md)\n\n```{eval-rst}\n.. autofunction:: distopt.gone\n```\n")
     (tmp_path / "alone.md").write_text("# B\n\n[below](index.md#gone)\n")
     warnings = build(tmp_path, tmp_path / "html").warnings
-    for told in ("not found: 'gone.md'", "import 'gone' from", "not found in doc 'index': 'gone'", "included in any toctree"):
+    for told in (
+        "not found: 'gone.md'",
+        "import 'gone' from",
+        "not found in doc 'index': 'gone'",
+        "included in any toctree",
+    ):
         assert told in warnings
 
 
