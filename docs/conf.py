@@ -30,11 +30,14 @@ default_role = "py:obj"  # what docstrings put between single backquotes: names,
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r".*"),  # an argument is no link
-    ("py:.*", r"(torch|collections|typing|datetime|os|pathlib|types)\..*"),  # their pages are elsewhere
-    ("py:class", r"distopt\.(.*\._T|accumulation\.Batch|planning\.costs\.(Scheme|Share))"),  # any type; parts of a sum
-    # What the classes that users do not make themselves are made of.
-    ("py:class", r"distopt\.attach\.(engine\.Engine|registration\.Attachment)|distopt\.comm\.meeting\.Meeting"),
-    ("py:class", r"distopt\.pipelining\.(running\.(Plan|Ranks)|stages\.Chain|attachment\.PipelineAttachment)"),
+    ("py:.*", r"(torch|collections|contextlib|typing|datetime|os|pathlib|types)\..*"),  # their pages are elsewhere
+    # Any type; parts of a sum; and what the classes that users do not make themselves are made of.
+    ("py:class", r"distopt\.(.*\._T|accumulation\.Batch)"),
+    ("py:class", r"distopt\.planning\.(costs\.(Scheme|Share)|machine\.Wire)"),
+    ("py:class", r"distopt\.attach\.(engine\.Engine|registration\.Attachment)"),
+    ("py:class", r"distopt\.comm\.meeting\.Meeting"),
+    ("py:class", r"distopt\.pipelining\.(running\.(Plan|Ranks)|stages\.Chain|schedules\.Action)"),
+    ("py:class", r"distopt\.pipelining\.attachment\.PipelineAttachment"),
     ("py:exc", "InputError"),  # the integrations' own
 ]
 

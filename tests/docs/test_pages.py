@@ -145,3 +145,9 @@ def test_python_is_known_by_its_looks(code):
 
 def test_what_is_no_python_is_left_alone():
     assert not any(map(is_python, ["1 2 3 and words", "make demo", "(2, 5, 8), 1", "a_name", "x -> y", ""]))
+
+
+def test_the_readme_comes_to_the_point():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 100
+    assert lines.index("```python") < 15
