@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # one that is started again in its place may wait for ever.
 TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
-.PHONY: demo test test-full check bench gpu clean
+.PHONY: demo test test-full check docs bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/distopt-dalle demo
@@ -25,6 +25,10 @@ check: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
+docs: .venv/ready
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	@echo 'build/docs/index.html'
+
 bench: .venv/ready
 	$(BIN)/python -m bench
 
@@ -36,7 +40,7 @@ gpu:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "distopt needs Python 3.11 or newer, but $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dalle,fairscale,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dalle,docs,fairscale,test]'
 	touch $@
 
 clean:

@@ -53,7 +53,7 @@ class PeriodicStats:
 
     @property
     def saving(self) -> float:
-        """Fraction of the bytes removed: ``1 - bytes_sent / bytes_uncompressed``; 0 before the first step."""
+        """Fraction of the bytes removed, ``1 - bytes_sent / bytes_uncompressed``; 0 before the first step."""
         return 1 - self.bytes_sent / self.bytes_uncompressed if self.bytes_uncompressed else 0.0
 
 

@@ -82,7 +82,7 @@ def register(
             that is measured.
 
     Returns:
-        The registration: statistics, the state to save with the model, and the means to change the reducer.
+        The registration, with statistics, the state to save with the model, and the means to change the reducer.
 
     Raises:
         RegistrationError: if ``torch.distributed`` is not initialised, or if a model is not DDP, has sparse gradients,

@@ -52,7 +52,7 @@ class Stats:
 
     @property
     def saving(self) -> float:
-        """Fraction of the bytes removed: ``1 - bytes_sent / bytes_uncompressed``; 0 before the first step."""
+        """Fraction of the bytes removed, ``1 - bytes_sent / bytes_uncompressed``; 0 before the first step."""
         return _saving(self.bytes_sent, self.bytes_uncompressed)
 
     @property

@@ -16,7 +16,7 @@ from distopt.numerics.gaussian import seeded_generator_on
 from distopt.numerics.minifloat import FLOAT_1_6_9, MiniFloat, dither_, finite_range, piecewise, power_of_two
 
 StorageDtype: TypeAlias = torch.dtype | Literal["1-6-9"]
-"""A format to store in: a torch dtype, or DALL-E's 16-bit format by its sign-exponent-significand bits."""
+"""A format to store in, a torch dtype, or DALL-E's 16-bit format by its sign-exponent-significand bits."""
 
 
 class Packed(NamedTuple):

@@ -95,7 +95,7 @@ def pipeline(
         residual_bound: as in `register`.
 
     Returns:
-        The pipeline: ``step(x, target=...)`` gives the loss, and leaves gradients of ``parameters()``.
+        The pipeline, whose ``step(x, target=...)`` gives the loss, and leaves gradients of ``parameters()``.
 
     Raises:
         RegistrationError: if ``torch.distributed`` is not initialised, or a block is not fit to be sharded.

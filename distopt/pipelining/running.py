@@ -80,9 +80,9 @@ class Pipeline:
         self.split = tuple(tuple(names) for names in split)
         """Names of the blocks in each stage, of all ranks."""
         self.registration = registration
-        """The reducer at work: ``stats()``, ``state_dict()``, ``clip_grad_norm_()``, ... as from `distopt.register`."""
+        """The reducer at work, with ``stats()``, ``state_dict()``, ``clip_grad_norm_()``, ... as from `distopt.register`."""
         self.module = nn.ModuleDict({name: block for chain in chains.values() for name, block in chain.blocks.items()})
-        """This rank's blocks, by their names in the model: for an optimizer, or to be saved."""
+        """This rank's blocks, by their names in the model, for an optimizer, or to be saved."""
 
     def __repr__(self) -> str:
         stages = ", ".join(f"{index}: {' '.join(self.split[index])}" for index in self._chains)
@@ -122,7 +122,7 @@ class Pipeline:
             target: what the loss needs ``(n, ...)``; needed on ranks that have the last stage, ignored on others.
 
         Returns:
-            The loss, 0-dimensional, float64: the mean over the batches of all replicas and shards, the same on every
+            The loss, 0-dimensional, float64, which is the mean over the batches of all replicas and shards, the same on every
             rank.
 
         Raises:

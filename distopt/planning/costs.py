@@ -85,7 +85,7 @@ class Estimate:
 
     @property
     def reducing_seconds(self) -> float:
-        """What the reduction takes, hidden or not: the sum of all parts."""
+        """What the reduction takes, which is the sum of all parts, hidden or not."""
         return self.fixed_seconds + sum(share.seconds for share in self.shares.values())
 
 

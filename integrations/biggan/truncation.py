@@ -6,7 +6,7 @@ from torch import Tensor
 from distopt.errors import SettingError
 
 LEAST = 0.01
-"""The smallest threshold: of 125 draws one lies within."""
+"""The smallest threshold, of 125 draws one lies within."""
 
 
 def truncated_normal(

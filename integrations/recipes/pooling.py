@@ -1,5 +1,7 @@
 """From the instances of a bag to the bag: what a bag's probability is, given those of its instances.
 
+Symbols::
+
     symbol  here        shape      meaning
     z       logits      (B, N, C)  log-odds of each instance, N the largest bag's
             mask        (B, N)     True where there is an instance, for bags of different sizes

@@ -156,6 +156,46 @@ def test_whatever_call_fails_the_older_checkpoint_stays(tmp_path, problem):
         assert len(names(tmp_path)) == 1
 
 
+class Disk:
+    """The ``os`` that a checkpoint is written with, and which of what it wrote, by name, is on the disk in which order."""
+
+    def __init__(self):
+        self.paths, self.done = {}, []
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, *args):
+        descriptor = os.open(path, *args)
+        self.paths[descriptor] = os.path.basename(path)
+        return descriptor
+
+    def write(self, descriptor, data):
+        self.done.append(("write", self.paths[descriptor]))
+        return os.write(descriptor, data)
+
+    def fsync(self, descriptor):
+        self.done.append(("fsync", self.paths[descriptor]))
+        os.fsync(descriptor)
+
+    def rename(self, old, new):
+        self.done.append(("rename", os.path.basename(new)))
+        os.rename(old, new)
+
+
+def test_all_of_it_is_on_the_disk_before_it_is_current_and_when_save_returns(tmp_path, monkeypatch):
+    put(monkeypatch, disk := Disk())
+    checkpoint.save(tmp_path, 1, **content(1))
+    monkeypatch.undo()
+    before, after = disk.done[: (at := disk.done.index(("rename", "00001-step-1")))], disk.done[at + 1 :]
+    written = {name: place for place, (act, name) in enumerate(before) if act == "write"}
+    assert {"manifest.json", "manifest.sha256", "model.pt", "progress.pt", "rank-0.pt"} <= set(written)
+    synchronised = {name: place for place, (act, name) in enumerate(before) if act == "fsync"}
+    assert all(synchronised[name] > place for name, place in written.items())
+    assert before[-1] == ("fsync", ".saving-00001")
+    assert after == [("fsync", tmp_path.name)]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")

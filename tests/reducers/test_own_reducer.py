@@ -3,7 +3,6 @@
 import dataclasses
 import linecache
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 import distopt
 from tests.attach.models import batch, gradients, mlp, same, wrap
+from tests.docs.pages import blocks
 from tests.processes import run_ranks
 from tests.reducers.convergence import final_loss
 from tests.simulation import Ranks
@@ -24,7 +24,8 @@ seeds = st.integers(0, 2**31)
 
 
 def source():
-    return re.search(r"test_own_reducer\.py runs this\. -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    (block,) = (block for block in blocks(PAGE) if "(Reducer)" in block.code)
+    return block.code
 
 
 def load():
