@@ -21,5 +21,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     chosen.out.mkdir(parents=True, exist_ok=True)
     for name in chosen.only or DRAWN:
-        draw(name, chosen.out / f"{name}.png")
+        draw(name, DRAWN[name][0](), chosen.out / f"{name}.png")
         print(chosen.out / f"{name}.png")

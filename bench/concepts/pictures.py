@@ -17,19 +17,20 @@ _INK, _FAINT, _RULE, _PALE = "#1f2328", "#656d76", "#d0d7de", "#dbe7f3"
 _BLUE, _ORANGE, _RED, _GREEN = "#1f78b4", "#f39c12", "#d73027", "#2e8b57"
 
 
-def draw(name: str, path: Path) -> None:
-    """Compute what a picture shows, and draw it.
+def draw(name: str, found: Curves, path: Path) -> None:
+    """Draw a picture.
 
     Args:
         name: one of `DRAWN`.
+        found: what its function has computed.
         path: the PNG to write.
     """
-    shown, title, panels = DRAWN[name]
+    _, title, panels = DRAWN[name]
     # A figure of its own, without pyplot: drawing must not depend on what display there is, or change global state.
     figure = Figure(figsize=(9, 3.3), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=10.5, fontweight="bold", color=_INK)
-    panels(figure, shown())
+    panels(figure, found)
     whole = io.BytesIO()
     figure.savefig(whole)
     Image.open(whole).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
