@@ -42,6 +42,7 @@ class LateRegistration:
         self._reducer, self._remedy, self._options = reducer, remedy, options
         self._module: nn.Module | None = None  # whose state is kept; None: whoever comes next
         self._state: Mapping[str, Any] = {}
+        self._last: tuple[nn.Module, Registration] | None = None
         self.registration: Registration | None = None
         """What `distopt.register` returned; None in a world of one process, and before training."""
 
@@ -63,16 +64,17 @@ class LateRegistration:
                 raise RegistrationError(f"a reducer needs a DistributedDataParallel model, not {kind}: {self._remedy}")
             logger.warning("one process: there is nothing to reduce, and %r waits", self._reducer)
             return
-        registration = register(wrapped, self._reducer, **{"grad_scaler": grad_scaler, **self._options})
+        if self._last is not None and self._last[0] is wrapped:
+            registration = self._last[1]
+        else:
+            registration = register(wrapped, self._reducer, **{"grad_scaler": grad_scaler, **self._options})
         if self._state and self._module in (None, wrapped.module):
             registration.load_state_dict(self._state)
         self.registration, self._module, self._state = registration, wrapped.module, {}
+        self._last = (wrapped, registration)
 
     def detach(self) -> None:
-        """Let go of the wrapped model before the trainer wraps one anew; the state waits for it. Collective.
-
-        If another model than this one is wrapped next, it begins without a state.
-        """
+        """Await the next `attach`, of this model, wrapped anew or not, or of another, which begins anew. Collective."""
         if self.registration is not None:
             self._state = self.registration.state_dict()
             self.registration = None

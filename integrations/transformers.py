@@ -28,6 +28,8 @@ except ModuleNotFoundError as error:
 FILE = "distopt.pt"
 """What is written into each checkpoint's folder, beside ``optimizer.pt``."""
 
+REMEDY = "train without FSDP or DeepSpeed, and do not evaluate before: Accelerate then leaves DDP out, and ranks differ"
+
 
 class ReducerCallback(TrainerCallback):
     """Averages gradients by a reducer, in every ``train`` of a trainer; `attach` makes one.
@@ -39,7 +41,7 @@ class ReducerCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, reducer: Reducer, **options: Any) -> None:
-        self._late = LateRegistration(reducer, "start the ranks by torchrun, without FSDP or DeepSpeed", **options)
+        self._late = LateRegistration(reducer, REMEDY, **options)
         self._trainer = trainer
         self._resumed: str | bool | None = None
         trainer.train = self._noting(trainer.train)  # no callback is told the folder
