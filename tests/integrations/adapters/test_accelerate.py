@@ -23,6 +23,9 @@ from tests.integrations.adapters.plain import (
 )
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.timeout(300)
+"""Two processes load accelerate, on a machine that may have two cores."""
+
 
 def looped(rank, *, steps, accumulate=1, save_at=None, resume=None, folder=None, fp16=False, reducer=REDUCER):
     """Accelerate's own loop: the parameters in the end, and the hook."""
@@ -73,7 +76,7 @@ def job(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run_ranks(2, job, str(tmp_path_factory.mktemp("accelerate")), timeout=110)
+    return run_ranks(2, job, str(tmp_path_factory.mktemp("accelerate")), timeout=280)
 
 
 @pytest.mark.parametrize("law", ["bits", "ddp alone", "compressed", "resumed", "fp16"])

@@ -25,6 +25,9 @@ from tests.integrations.adapters.plain import (
 )
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.timeout(300)
+"""Two processes load lightning, on a machine that may have two cores."""
+
 
 class Module(pl.LightningModule):
     def __init__(self):
@@ -114,7 +117,7 @@ def job(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run_ranks(2, job, str(tmp_path_factory.mktemp("lightning")), timeout=110)
+    return run_ranks(2, job, str(tmp_path_factory.mktemp("lightning")), timeout=280)
 
 
 LAWS = ("bits", "ddp alone", "compressed", "resumed", "evaluated", "twice", "another model", "fp16")

@@ -16,6 +16,9 @@ from distopt.errors import RegistrationError, SettingError
 from tests.integrations.adapters.plain import REDUCER, as_torchrun, same, values
 from tests.processes import run_ranks
 
+pytestmark = pytest.mark.timeout(300)
+"""Two processes load transformers, on a machine that may have two cores."""
+
 ROWS = 2
 """Sentences a rank and micro-batch."""
 
@@ -139,7 +142,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    return run_ranks(2, job, str(folder), timeout=110)
+    return run_ranks(2, job, str(folder), timeout=280)
 
 
 LAWS = (
