@@ -29,6 +29,7 @@ PUBLIC = [
     "EnergyRank",
     "Figures",
     "Hierarchical",
+    "MissingPackageError",
     "Nesterov",
     "PeerLostError",
     "Periodic",
@@ -38,6 +39,7 @@ PUBLIC = [
     "PowerSGD",
     "Quantize",
     "RandomK",
+    "Recorder",
     "Registration",
     "RegistrationError",
     "ResblockScaler",
@@ -54,6 +56,7 @@ PUBLIC = [
     "node_mesh",
     "pipeline",
     "plan",
+    "record",
     "register",
     "shard",
 ]

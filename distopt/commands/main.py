@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from distopt.commands import doctor, planning
+from distopt.commands import doctor, planning, report
 from distopt.errors import DistoptError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     planning.add_to(commands)
     doctor.add_to(commands)
+    report.add_to(commands)
     try:
         parsed = parser.parse_args(arguments)
         return parsed.run(parsed)
