@@ -102,23 +102,21 @@ def test_the_wheel_holds_the_packages_and_their_data_alone(built, files):
     assert core == PROJECT["dependencies"]
 
 
-def test_the_wheel_works_where_it_is_installed(installed, tmp_path):
-    binaries, packages = installed
-    where = run(
-        binaries / "python", "-c", "import distopt; from distopt.integrations.dalle import settings;"
-        "distopt.PowerSGD(rank=2); print(distopt.__file__, settings.__file__, *settings.PRESETS)",
-        cwd=tmp_path,
-    ).split()  # fmt: skip
-    assert where[:2] == [f"{packages}/distopt/__init__.py", f"{packages}/distopt/integrations/dalle/settings.py"]
-    assert len(where) > 2
+def test_every_command_is_installed(installed, tmp_path):
     for name in PROJECT["scripts"]:
-        assert run(binaries / name, "--help", cwd=tmp_path).startswith(f"usage: {name} ")
+        assert run(installed[0] / name, "--help", cwd=tmp_path).startswith(f"usage: {name} ")
     for command in ("doctor", "plan", "report"):
-        assert run(binaries / "distopt", command, "--help", cwd=tmp_path).startswith(f"usage: distopt {command} ")
+        assert run(installed[0] / "distopt", command, "--help", cwd=tmp_path).startswith(f"usage: distopt {command} ")
 
 
-def test_the_installed_models_draw(installed, tmp_path):
-    sheet = tmp_path / "red.png"
-    caption = ("--caption", "a red circle above a blue square", "--out", sheet)
-    run(installed[0] / "distopt-dalle", "sample", *caption, cwd=tmp_path, OMP_NUM_THREADS="1")
-    assert sheet.read_bytes().startswith(b"\x89PNG")
+def test_the_wheel_works_where_it_is_installed(installed, tmp_path):
+    """It is what is imported, hooks can be made, and the model that comes with it draws."""
+    binaries, packages = installed
+    code = (
+        "import sys, distopt; from distopt.integrations.dalle import cli; distopt.PowerSGD(rank=2);"
+        "print(distopt.__file__, cli.__file__); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    sample = ("sample", "--caption", "a red circle above a blue square", "--out", tmp_path / "red.png")
+    where = run(binaries / "python", "-c", code, *sample, cwd=tmp_path, OMP_NUM_THREADS="1").split()
+    assert where[:2] == [f"{packages}/distopt/__init__.py", f"{packages}/distopt/integrations/dalle/cli.py"]
+    assert (tmp_path / "red.png").read_bytes().startswith(b"\x89PNG")
