@@ -85,8 +85,9 @@ def register(
         The registration, with statistics, the state to save with the model, and the means to change the reducer.
 
     Raises:
-        RegistrationError: if ``torch.distributed`` is not initialised, or if a model is not DDP, has sparse gradients,
-            has a communication hook already, or if ``accumulate`` does not go with what was given.
+        RegistrationError: if ``torch.distributed`` is not initialised or did not make the group, or if a model is not
+            DDP, has sparse gradients, has a communication hook already, or if ``accumulate`` does not go with what was
+            given.
         SettingError: if ``reducer`` is none, or asks something impossible of a parameter.
         AgreementError: if the ranks have different parameters or settings; later on, out of ``backward``, if they do
             different things, or their parameters have drifted apart. It names the rank.
@@ -124,6 +125,7 @@ def _register(
     slots = slots_of(_listed(model_or_parameters, process_group)) if model is None else _slots_of_model(model)
     engine = Engine(slots, reducer, watch, grad_scaler)
     group = process_group or group_of(model)
+    _check_group(group)
     engine.check(reducer, group.size())
     if accumulate:
         if model is not None:
@@ -214,6 +216,15 @@ def _check(model: nn.Module) -> None:
             f"the model is registered already, with {earlier.reducer!r}: set_reducer on its registration changes it"
         )
     refuse_sparse(cast(Any, model).module)
+
+
+def _check_group(group: dist.ProcessGroup) -> None:
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        raise RegistrationError(
+            f"torch.distributed does not know the {type(group).__name__} to average over: make it by new_group"
+        ) from None
 
 
 def refuse_sparse(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Adapters to other trainers, with the real packages."""
