@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from distopt.errors import AgreementError as AgreementError
     from distopt.errors import CheckpointError as CheckpointError
     from distopt.errors import DistoptError as DistoptError
+    from distopt.errors import MissingPackageError as MissingPackageError
     from distopt.errors import PeerLostError as PeerLostError
     from distopt.errors import RegistrationError as RegistrationError
     from distopt.errors import ScaleError as ScaleError
     from distopt.errors import SettingError as SettingError
     from distopt.errors import StateError as StateError
     from distopt.errors import WindowError as WindowError
+    from distopt.monitor.recording import Recorder as Recorder
+    from distopt.monitor.recording import record as record
     from distopt.monitor.tensorboard import log_to_tensorboard as log_to_tensorboard
     from distopt.pipelining.pipeline import pipeline as pipeline
     from distopt.pipelining.running import Pipeline as Pipeline
@@ -64,12 +67,15 @@ _HOMES = {
     "AgreementError": "distopt.errors",
     "CheckpointError": "distopt.errors",
     "DistoptError": "distopt.errors",
+    "MissingPackageError": "distopt.errors",
     "PeerLostError": "distopt.errors",
     "RegistrationError": "distopt.errors",
     "ScaleError": "distopt.errors",
     "SettingError": "distopt.errors",
     "StateError": "distopt.errors",
     "WindowError": "distopt.errors",
+    "Recorder": "distopt.monitor.recording",
+    "record": "distopt.monitor.recording",
     "log_to_tensorboard": "distopt.monitor.tensorboard",
     "pipeline": "distopt.pipelining.pipeline",
     "Pipeline": "distopt.pipelining.running",

@@ -27,6 +27,22 @@ class SettingError(DistoptError, ValueError):
         self.allowed = allowed
 
 
+class MissingPackageError(DistoptError, ImportError):
+    """A package that only this needs is not installed.
+
+    Args:
+        package: its name.
+        extra: of distopt, which brings it.
+
+    Example:
+        >>> print(MissingPackageError("matplotlib", "report"))
+        matplotlib is missing: pip install 'distopt[report]'
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is missing: pip install 'distopt[{extra}]'")
+
+
 class RegistrationError(DistoptError, RuntimeError):
     """A reducer cannot be registered on what it was given."""
 

@@ -55,6 +55,8 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="say whether hooks can run here: versions, backends, the network, and a self-test of two processes",
+        description="Look at what distopt stands on, then train a small model on some processes and check the laws "
+        "that its hooks promise. Half a minute.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -22,16 +22,22 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="predict a training step, and say whether compressing gradients would help",
+        description="Predict how long a training step takes on a cluster, with and without compressed gradients. "
+        "Nothing is trained.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", required=True, help="dalle:PRESET, or package.module:factory, called without arguments")
-    add("--world", required=True, type=int, metavar="N", help="ranks")
+    add("--world", required=True, type=int, metavar="N", help="ranks of the cluster")
     add("--bandwidth", required=True, metavar="RATE", help="of a node's link: 10Gbit, 1.25GB")
     add("--latency", metavar="TIME", help="of a message: 20us (default)")
     add("--memory-rate", metavar="RATE", help="bytes that a rank reads and writes a second: 3TB; timed here by default")
-    add("--flops-rate", metavar="RATE", help="of thin matrix products: 50T")
+    add(
+        "--flops-rate",
+        metavar="RATE",
+        help="operations a second in thin matrix products: 50T; 10 a byte of --memory-rate, or timed here, by default",
+    )
     add(
         "--compute-seconds",
         metavar="TIME",

@@ -99,7 +99,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = add("train", _train, "Train on drawn shapes and judge what is drawn; a run that was stopped goes on.")
-    train.add_argument("--out", type=Path, default=Path("runs/biggan"), metavar="RUN", help="default: runs/biggan")
+    train.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/biggan"),
+        metavar="RUN",
+        help="folder of the run, made if missing (default: runs/biggan)",
+    )
     train.add_argument("--fresh", action="store_true", help="train anew, whatever --out holds")
     command.add_ranks(train)
     command.add_device(train)
@@ -113,9 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--truncation", type=_threshold, default=None, metavar="T", help="largest number of noise (default: none)"
     )
-    sample.add_argument("--seed", type=command.whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    sample.add_argument(
+        "--seed", type=command.whole(0, MAX_SEED), default=0, metavar="N", help="decides what is drawn (default: 0)"
+    )
 
     ring = add("ring", _ring, "Train a small GAN on a ring of eight Gaussians, and watch for collapse.")
-    ring.add_argument("--out", type=Path, default=Path("runs/ring"), metavar="DIR", help="default: runs/ring")
+    ring.add_argument(
+        "--out", type=Path, default=Path("runs/ring"), metavar="DIR", help="folder of the curves (default: runs/ring)"
+    )
     flags.add_fields(ring, RingOptions)
     return parser

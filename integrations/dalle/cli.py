@@ -30,6 +30,15 @@ from .settings import (
 COMMAND = launch.Command("distopt-dalle", "distopt.integrations.dalle")
 _ALSO = {f"stage{i}.steps": f"--steps-{i}" for i in (1, 2, 3)} | {f"steps_{i}": f"--steps-{i}" for i in (1, 2, 3)}
 """Flags that fields have besides their own."""
+_UNSET = {
+    "sampling": "as it is without",
+    "sampling.top_k": "all",
+    "sampling.top_p": "all",
+    "data": "what filters says",
+    "data.images": "looked for beside that file",
+    "stage1.weights": "none, it is trained",
+}
+"""What fields are where they are not set; others depend on preset, task and bottleneck."""
 _HIDDEN = ("n", "steps_1", "steps_2", "steps_3")
 """Fields of the demo that have no flag of their own name."""
 _MOST_PLANNED = 65_536
@@ -212,31 +221,41 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     demo = add("demo", _demo, "Train both stages on the drawn task, sample, score, and write a report.")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="RUN",
+        help="folder of the run, made if missing (default: runs/demo)",
+    )
     command.add_ranks(demo)
     _add_fresh(demo)
-    flags.add_fields(demo, DemoSettings, _ALSO, _HIDDEN)
+    flags.add_fields(demo, DemoSettings, _ALSO, _HIDDEN, _UNSET)
 
     train = add("train", _train, "Train both stages on pictures with captions.")
     train.add_argument("--data", type=Path, required=True, metavar="DATA", help=_DATA)
     train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run, made if missing")
     train.add_argument(
-        "--preset", choices=PRESETS, help="settings of the paper's sizes, which --config and flags change"
+        "--preset",
+        choices=PRESETS,
+        help="settings of the paper's sizes, which --config and flags change (default: none)",
     )
-    train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings: {_toml_names()}")
+    train.add_argument("--config", type=Path, metavar="F.toml", help=f"settings (default: none): {_toml_names()}")
     command.add_ranks(train, _MOST_PLANNED)
     _add_fresh(train)
-    flags.add_fields(train, TrainSettings, _ALSO, _HIDDEN)
+    flags.add_fields(train, TrainSettings, _ALSO, _HIDDEN, _UNSET)
     train.add_argument("--check", action="store_true", help="check data and settings, then exit without training")
 
     sample = add("sample", _sample, "Draw pictures for a caption with a trained run.")
-    _add_run(sample, runs.BUNDLED, "; without it, a model of the demo that is installed with the package")
+    _add_run(sample, runs.BUNDLED, " (default: the model of the demo that is installed with the package)")
     sample.add_argument("--caption", required=True, metavar="TEXT", help="what to draw")
     sample.add_argument("--out", type=Path, required=True, metavar="F.png", help="one picture, or a sheet of several")
     sample.add_argument(
         "--n", type=command.whole(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)"
     )
-    sample.add_argument("--seed", type=command.whole(0, MAX_SEED), default=0, metavar="N", help="default: 0")
+    sample.add_argument(
+        "--seed", type=command.whole(0, MAX_SEED), default=0, metavar="N", help="decides what is drawn (default: 0)"
+    )
     drawing.add_flags(sample)
 
     evaluate = add("evaluate", _evaluate, "Compute the scores of a run anew; the last line printed is JSON.")

@@ -66,9 +66,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=_number(0, _MOST_GUIDANCE), metavar="S", help=meaning)
     meaning = "draw N for each picture and keep those that fit best by the run's contrastive model (default: 1)"
     parser.add_argument("--best-of", type=_number(1, 256, whole=True), default=1, metavar="N", help=meaning)
-    parser.add_argument("--image", type=Path, metavar="F", help="a picture whose top is continued")
+    parser.add_argument("--image", type=Path, metavar="F", help="a picture whose top is continued (default: none)")
     parser.add_argument(
-        "--rows", type=_number(1, 512, whole=True), metavar="N", help="rows of its tokens that are kept"
+        "--rows",
+        type=_number(1, 512, whole=True),
+        metavar="N",
+        help="rows of its tokens that are kept (default: no picture)",
     )
 
 

@@ -17,6 +17,7 @@ from ..running.fields import choice as _choice
 from ..running.fields import length as _length
 from ..running.fields import merged as merged
 from ..running.fields import number as _number
+from ..running.fields import plain as _any
 from ..running.fields import text as _text
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -110,8 +111,7 @@ class Stage2Options:
     kernel: int = _number(11, 1, 63, "side of the square that the convolution sees, an odd number")
     activation: str = _choice("relu", ACTIVATIONS, "of the MLP")
     code_width: int = _number(64, 0, 8192, "features of a code's vector; 0 embeds codes at the full width")
-    fixed_codes: bool = False
-    """Leave the codes' vectors as they start, from what each code looks like: good for plain forms in plain colours."""
+    fixed_codes: bool = _any(False, "leave the codes' vectors as they start: good for plain forms in plain colours")
     neighbours: int = _number(3, 0, 3, "codes above a slot that are fed to it besides the previous one")
 
 
@@ -146,8 +146,7 @@ class CommunicationOptions:
     reducer: str = _choice("powersgd", ("powersgd", "allreduce"), "compressed, or exact")
     rank: int = _number(4, 1, 1024, "rank of the compressed gradient, of each shard's: higher costs more, loses less")
     wire: str = _choice("float32", WIRES, "type that the compressed gradient travels in")
-    separate: bool = False
-    """Compress queries, keys and values apart; the shards must divide the width."""
+    separate: bool = _any(False, "compress queries, keys and values apart; the shards must divide the width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,20 +164,17 @@ class DataOptions:
     """The table ``[data]``: what ``--data`` names, how it is read, and which of it is left out."""
 
     kind: str = _choice("auto", KINDS, "what --data names; auto goes by its ending")
-    images: str | None = None
-    """Folder that the pictures of a .json or .tsv lie in; without it, it is looked for beside that file."""
+    images: str | None = _text("folder that the pictures of a .json or .tsv lie in")
     caption_column: int = _number(1, 1, 1000, "column of a .tsv that has the captions")
     picture_column: int = _number(2, 1, 1000, "column of a .tsv that has the paths of the pictures")
-    caption_field: str = "caption"
-    """Name of the caption in the .json of a sample of a tar shard that has no .txt."""
+    caption_field: str = _any("caption", "name of the caption in the .json of a sample of a tar shard that has no .txt")
     reading: str = _choice("auto", READING, "decode all pictures once, into memory, or as they are needed")
     workers: int = _number(2, 1, 256, "threads of each rank that decode pictures")
     prefetch: int = _number(2, 0, 64, "batches that are decoded ahead")
     augmentation: str = _choice("none", ("none", "paper"), "none: the central square; paper: random crops")
     filters: str = _choice("none", ("none", "paper"), "what is left out, where nothing else is said of it")
     shortest: int | None = _number(None, 0, 1000, "words of a caption, at least")
-    boilerplate: str | None = None
-    """Regular expression; a caption in which it is found is left out."""
+    boilerplate: str | None = _text("regular expression; a caption in which it is found is left out")
     latin: float | None = _number(None, 0.0, 1.0, "share of a caption's letters that are a to z, at least")
     aspect: float | None = _number(None, 1.0, 1000.0, "longer side of a picture over the shorter one, at most")
     captions_read: int = _number(200_000, 1, 100_000_000, "captions that the text tokenizer learns from, at most")

@@ -26,6 +26,15 @@ from .schedules import StageSettings
 
 Batch = tuple[Tensor, ...]
 """Tensors whose first dimension are the rows."""
+_FIGURES_EVERY = 50
+"""Steps from one look at the compression to the next."""
+
+
+class _Figures(dict[str, float]):
+    """Takes scalars as a writer of TensorBoard does."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self[tag] = scalar_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +164,8 @@ def train(stage: Stage, context: Context) -> StageResult:
             history.curve.append((step, _mean_loss(losses)))
             values = {"loss": history.curve[-1][1], **_means(losses), **stage.values(step), **stepper.values()}
             context.log(step + 1, settings.steps, values)
-            _look(stage, step + 1, registration, context)
+            _tell(step + 1, settings.steps, registration, context)
+            _look(stage, step + 1, context)
             if context.checkpoints is not None:
                 context.checkpoints.after(step + 1, settings.steps)
     last = [loss for _, loss in history.curve[-max(1, settings.steps // 20) :]]
@@ -209,15 +219,17 @@ def _means(losses: Sequence[tuple[Loss, Mapping[str, float]]]) -> dict[str, floa
     return {name: sum(loss.values[name].item() for loss, _ in losses) / len(losses) for name in losses[0][0].values}
 
 
-def _look(stage: Stage, step: int, registration: distopt.Registration | None, context: Context) -> None:
+def _look(stage: Stage, step: int, context: Context) -> None:
     """Show what the model does, now and then, on the first rank; of a sharded model no rank has all."""
     if context.rank or context.shards > 1 or not context.looks(step, stage.settings.steps):
         return
     figures, pictures = stage.look(min(8, stage.settings.batch))
-    if registration is not None:
-        figures = {
-            **figures,
-            "saving/all": (stats := registration.stats()).saving,
-            "saving/matrices": stats.matrix_saving,
-        }
     context.show(step, figures, pictures)
+
+
+def _tell(step: int, total: int, registration: distopt.Registration | None, context: Context) -> None:
+    """Write now and then, on the first rank, what compressing does, in all and layer by layer."""
+    if context.rank == 0 and registration is not None and (step % _FIGURES_EVERY == 0 or step in (1, total)):
+        figures = _Figures()
+        distopt.log_to_tensorboard(registration, figures, step)
+        context.show(step, figures, {})

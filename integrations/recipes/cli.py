@@ -112,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         added.set_defaults(run=_train, kind=kind, task=task)
         default = Path("runs/recipes") / name
-        added.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"default: {default}")
+        added.add_argument(
+            "--out", type=Path, default=default, metavar="DIR", help=f"folder of the results (default: {default})"
+        )
         command.add_device(added)
         command.add_ranks(added)
         flags.add_fields(added, kind)

@@ -16,7 +16,7 @@ class Study:
     accumulate: int = number(1, 1, 1024, "micro-batches of a rank in each step")
     rank: int = number(4, 0, 4096, "of PowerSGD, which averages the gradients; 0 averages them exactly")
     learning_rate: float = number(2e-3, 1e-6, 10.0, "AdamW's, at the start; it falls to 0 as a half cosine")
-    weight_decay: float = number(1e-2, 0.0, 10.0, "AdamW's")
+    weight_decay: float = number(1e-2, 0.0, 10.0, "of AdamW, times the learning rate")
 
     def __post_init__(self) -> None:
         check(self)

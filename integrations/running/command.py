@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from distopt.commands.completion import add_completion
 from distopt.errors import DistoptError
 
 from . import launch
@@ -34,6 +35,7 @@ def run(command: launch.Command, parser: argparse.ArgumentParser, arguments: Seq
         The exit code: 0, 2 for bad settings or input (one line on stderr has said what), 130 after Ctrl-C, 1 otherwise.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    add_completion(parser)
     try:
         parsed = parser.parse_args(given)
         return parsed.run(parsed, given)

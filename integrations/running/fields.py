@@ -38,6 +38,11 @@ def text(meaning: str) -> Any:
     return dataclasses.field(default=None, metadata={"meaning": meaning})
 
 
+def plain(default: Any, meaning: str) -> Any:
+    """A field of any value of its type."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
+
+
 def length(meaning: str) -> Any:
     """A field of a length of a run, or of none: a whole number is steps, any other number a fraction of the run."""
     return dataclasses.field(default=None, metadata={"length": True, "meaning": meaning})

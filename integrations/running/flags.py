@@ -8,7 +8,11 @@ from .fields import check_value, leaves, nested, value_of
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, kind: type, also: Mapping[str, str] | None = None, hidden: Collection[str] = ()
+    parser: argparse.ArgumentParser,
+    kind: type,
+    also: Mapping[str, str] | None = None,
+    hidden: Collection[str] = (),
+    unset: Mapping[str, str] | None = None,
 ) -> None:
     """A flag for every field, by the name that it has in a TOML file; `chosen` reads what it is given.
 
@@ -17,12 +21,16 @@ def add_fields(
         kind: the settings.
         also: flags that fields have besides their own, by the field's name.
         hidden: fields that have no flag of their own name.
+        unset: what it means that a field without a default is not given, by the field's name or its table's.
     """
     for name, field, _ in leaves(kind):
         flags = [flag for flag in ((also or {}).get(name), None if name in hidden else f"--{name}") if flag]
         if flags:
             default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-            told = "" if default is None else f" (default: {default})"
+            if default is None:
+                table = name.split(".")[0]
+                default = (unset or {}).get(name, (unset or {}).get(table, "it depends on other settings"))
+            told = f" (default: {default})"
             meaning = field.metadata.get("meaning", "") + told
             parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
 

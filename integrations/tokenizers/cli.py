@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_ranks(added)
         meaning = "train anew, whatever --out holds; otherwise what is finished stays, and a stopped run goes on"
         added.add_argument("--fresh", action="store_true", help=meaning)
-        flags.add_fields(added, TrainSettings, hidden=hidden)
+        flags.add_fields(added, TrainSettings, hidden=hidden, unset={"options": "the bottleneck's own"})
         return added
 
     add("train", _train, "Train one autoencoder, and judge it.")
