@@ -14,6 +14,23 @@ from distopt.monitor.style import STYLE
 
 _MOST = 120
 """Plots of one page."""
+_CARDS = 10
+_WANTED = {
+    "Saving": ("saving", "matrix_saving"),
+    "Errors of the compression": ("reconstruction_error", "worst_reconstruction_error"),
+    "Losses": (),
+    "Steps": ("seconds a step", "seconds_per_step", "skipped_steps", "skipped"),
+}
+"""What the summary tells of each section; of losses all."""
+_WORDS = {
+    "saving": "bytes not sent",
+    "matrix_saving": "not sent of matrices",
+    "reconstruction_error": "reconstruction error",
+    "worst_reconstruction_error": "error of the worst layer",
+    "seconds_per_step": "seconds a step",
+    "skipped_steps": "skipped steps",
+    "skipped": "skipped steps",
+}
 
 
 def write_report(run: Path, out: Path) -> Records:
@@ -55,7 +72,7 @@ def page_of(records: Records, name: str) -> str:
         f"<h1>{html.escape(name)}</h1>",
         f"<p>{_subtitle(records)}</p>",
         *(f'<p class="note">{html.escape(note)}</p>' for note in [*records.notes, *_cautions(records, sections)]),
-        f'<div class="cards">{"".join(_cards(sections))}</div>',
+        _summary(sections),
         *(_section(section, numbers) for section in sections),
         "<footer>Written by <code>distopt report</code>.</footer>",
     ]
@@ -92,24 +109,36 @@ def _cautions(records: Records, sections: Sequence[Section]) -> Iterator[str]:
         yield f"{plots} plots would be too many for a page: the first {_MOST} are shown"
 
 
-def _cards(sections: Sequence[Section]) -> Iterator[str]:
-    """The last values of what people ask for first."""
-    wanted = {
-        "Saving": ("saving", "matrix_saving"),
-        "Errors of the compression": ("reconstruction_error", "worst_reconstruction_error"),
-        "Losses": (),
-        "Steps": ("seconds a step", "seconds_per_step", "skipped_steps", "skipped"),
-    }
-    for section in sections:
-        names = wanted.get(section.title)
-        for panel in section.panels if names is not None else ():
-            some = [name for name in names if name in panel.curves] if names else list(panel.curves)
-            for name in some:
-                if points := finite(panel.curves[name]):
+def _summary(sections: Sequence[Section]) -> str:
+    """The last values of what people ask for first: side by side for one source, a row each for several."""
+    rows: dict[str, dict[str, str]] = {}
+    for section in (section for section in sections if section.title in _WANTED):
+        wanted = _WANTED[section.title]
+        for panel in section.panels:
+            for name in wanted or panel.curves:
+                if points := finite(panel.curves[name]) if name in panel.curves else []:
                     value = _middle(points) if panel.look.axis == "seconds" else points[-1][1]
-                    label = panel.title if panel.curves[name].tag == name else panel.curves[name].tag
-                    shown = html.escape(label.removeprefix("distopt/").replace("_", " "))
-                    yield f"<div><b>{written(value, panel.look)}</b><span>{shown}</span></div>"
+                    rows.setdefault(panel.source, {})[_WORDS.get(name, name)] = written(value, panel.look)
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if sum(map(len, rows.values())) <= _CARDS:
+        cards = (
+            f"<div><b>{text}</b><span>{html.escape(f'{source} · {name}' if source else name)}</span></div>"
+            for source, row in rows.items()
+            for name, text in row.items()
+        )
+        return f'<div class="cards">{"".join(cards)}</div>'
+    lines = [["", *names], *([source, *(row.get(name, "") for name in names)] for source, row in rows.items())]
+    return _tabulated(lines)
+
+
+def _tabulated(lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first line is its head."""
+    kinds = ["th", *("td" for _ in lines[1:])]
+    rows = (
+        "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in line) + "</tr>"
+        for kind, line in zip(kinds, lines, strict=True)
+    )
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
 def _middle(points: Sequence[tuple[int, float]]) -> float:
@@ -139,11 +168,8 @@ def _table(panel: Panel) -> str:
     """The last value of every curve, and its range."""
     ended: Mapping[str, list[float]] = {n: [value for _, value in finite(c)] for n, c in panel.curves.items()}
     order = sorted((n for n in ended if ended[n]), key=lambda n: ended[n][-1], reverse=not panel.look.lowest)
-    rows = ""
+    lines = [["", "last", "lowest", "highest"]]
     for name in order:
-        cells = (written(value, panel.look) for value in (ended[name][-1], min(ended[name]), max(ended[name])))
-        rows += f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    head = "<tr><th></th><th>last</th><th>lowest</th><th>highest</th></tr>"
-    return (
-        f'<details><summary>all {len(order)}</summary><div class="scroll"><table>{head}{rows}</table></div></details>'
-    )
+        values = (ended[name][-1], min(ended[name]), max(ended[name]))
+        lines.append([name, *(written(value, panel.look) for value in values)])
+    return f"<details><summary>all {len(order)}</summary>{_tabulated(lines)}</details>"

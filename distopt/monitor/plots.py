@@ -18,7 +18,7 @@ from distopt.monitor.style import COLOURS
 
 _INK, _GRID = "#010203", "#010204"
 _PLACEHOLDERS = {f"#0102{10 + i}": f"var(--{name})" for i, name in enumerate(COLOURS)}
-_POINTS = 500
+_POINTS = 300
 """Of a drawn curve; a longer one is drawn by the lowest and the highest of neighbours."""
 _OUTERMOST = 4
 _SETTINGS = {

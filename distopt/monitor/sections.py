@@ -19,11 +19,13 @@ class Panel:
     """One plot.
 
     Args:
+        source: where the curves come from: a folder, or what their tags begin with.
         title: of what.
         curves: by what the legend calls them.
         look: how they are drawn.
     """
 
+    source: str
     title: str
     curves: Mapping[str, Curve]
     look: "Look"
@@ -116,7 +118,7 @@ _RULES = (
     ),
     ("Steps", _OF + r"(?P<name>(?i:[^/]*(?:seconds|step_?time)[^/]*))", Look("seconds", smooth=True)),
     ("Steps", r"(?:(?P<of>.*?)/)?(?P<name>(?i:[^/]*skip.*))", Look("skipped steps", stairs=True)),
-    ("Losses", r"(?=.*(?i:loss|nll|perplexity))" + _OF + r"(?P<name>.*)", Look("loss", smooth=True, together=6)),
+    ("Losses", r"(?=.*(?i:loss|nll))" + _OF + r"(?P<name>.*)", Look("loss", smooth=True, together=6)),
     ("Everything else", _OF + r"(?P<name>.*)", Look(together=1)),
 )
 
@@ -127,7 +129,7 @@ def sort_curves(curves: Iterable[Curve]) -> list[Section]:
     Example:
         >>> loss, saving = (Curve(".", tag, (0,), (0.5,), (0.0,)) for tag in ("train/loss", "distopt/saving"))
         >>> [(section.title, [panel.title for panel in section.panels]) for section in sort_curves([loss, saving])]
-        [('Saving', ['distopt · not sent']), ('Losses', ['train · loss'])]
+        [('Saving', ['not sent']), ('Losses', ['train · loss'])]
     """
     curves = list(curves)
     groups: dict[tuple[int, str, str], dict[str, Curve]] = {}
@@ -153,7 +155,9 @@ def _place(curve: Curve) -> tuple[int, str, str, str]:
     for number, (_, pattern, _) in enumerate(_RULES):
         if found := re.fullmatch(pattern, curve.tag, re.DOTALL):
             parts = found.groupdict()
-            source = ": ".join(part for part in (folder, parts["of"]) if part)
+            # What is written under the usual prefix belongs to the curves beside it.
+            of = re.sub(r"(^|/)distopt$", "", parts["of"] or "")
+            source = ": ".join(part for part in (folder, of) if part)
             return number, source, parts.get("figure") or "", parts["name"]
     raise AssertionError("the last rule fits everything")
 
@@ -166,7 +170,7 @@ def _panels(source: str, figure: str, named: Mapping[str, Curve], look: Look) ->
         subject = look.axis or next(iter(some))
         if look.axis == "by layer":
             subject = f"{figure.replace('_', ' ')} by layer"
-        yield Panel(" · ".join(part for part in (source, subject) if part), some, look)
+        yield Panel(source, " · ".join(part for part in (source, subject) if part), some, look)
 
 
 def _reckoned(curves: Sequence[Curve]) -> list[Panel]:
@@ -177,8 +181,9 @@ def _reckoned(curves: Sequence[Curve]) -> list[Panel]:
         apart = all(ended <= min(other.times) or max(other.times) <= began for other, _ in found)
         seconds = _seconds(curve)
         if apart and len(seconds.steps) > 1:
-            title = " · ".join(part for part in (_place(curve)[1], "seconds a step") if part)
-            found.append((curve, Panel(title, {"seconds a step": seconds}, Look("seconds", smooth=True))))
+            source = _place(curve)[1]
+            title = " · ".join(part for part in (source, "seconds a step") if part)
+            found.append((curve, Panel(source, title, {"seconds a step": seconds}, Look("seconds", smooth=True))))
     return [panel for _, panel in sorted(found, key=lambda each: each[0].times[0])]
 
 

@@ -34,7 +34,7 @@ p.note {
 .cards b { display: block; font-size: 1.3rem; line-height: 1.3; font-weight: 600 }
 .cards span, footer { color: var(--dim); font-size: .85rem }
 .plots {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr));
   gap: 0 1.5rem; margin: .9rem 0;
 }
 figure {
@@ -50,9 +50,12 @@ figcaption i {
 svg { display: block; width: 100%; height: auto; overflow: visible }
 svg text { font-family: inherit !important }
 summary { cursor: pointer; color: var(--dim) }
-.scroll { overflow-x: auto }
+.scroll { overflow-x: auto; overflow-wrap: normal }
 table { border-collapse: collapse; margin: .5rem 0 }
+h1 ~ .scroll { margin: 1.25rem 0 }
 th, td { text-align: right; padding: .15rem .7rem .15rem 0; border-bottom: 1px solid var(--grid) }
+th { font-weight: 600; vertical-align: bottom }
+td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 footer { margin-top: 3rem }
 """

@@ -26,8 +26,8 @@ from .schedules import StageSettings
 
 Batch = tuple[Tensor, ...]
 """Tensors whose first dimension are the rows."""
-_FIGURES_EVERY = 50
-"""Steps from one look at the compression to the next."""
+_FIGURES_EVERY = 100
+"""Steps from one that a registration measures to the next; the first is measured."""
 
 
 class _Figures(dict[str, float]):
@@ -229,7 +229,7 @@ def _look(stage: Stage, step: int, context: Context) -> None:
 
 def _tell(step: int, total: int, registration: distopt.Registration | None, context: Context) -> None:
     """Write now and then, on the first rank, what compressing does, in all and layer by layer."""
-    if context.rank == 0 and registration is not None and (step % _FIGURES_EVERY == 0 or step in (1, total)):
+    if context.rank == 0 and registration is not None and (step % _FIGURES_EVERY == 1 or step == total):
         figures = _Figures()
         distopt.log_to_tensorboard(registration, figures, step)
         context.show(step, figures, {})
