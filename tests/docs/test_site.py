@@ -17,7 +17,7 @@ import distopt
 from tests.docs.pages import PAGES, ROOT, blocks
 from tests.processes import run_mortals
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 ROOMS = ("checkpoint", "optim", "scaling")
 
 
@@ -46,7 +46,7 @@ def build_job(rank, say, folder, source, target):
 
 
 def build(source, target):
-    (fate,) = run_mortals(1, build_job, source, target, timeout=250)
+    (fate,) = run_mortals(1, build_job, source, target, timeout=850)
     assert not fate.error
     warnings, documented = fate.said[0]
     return Site(target, re.sub(r"\x1b\[[\d;]*m", "", warnings), documented)
