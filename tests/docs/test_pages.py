@@ -43,7 +43,11 @@ def test_all_python_is_run(page):
             )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```diff" in page.read_text()], ids=page_id)
+DIFFS = [page for page in PAGES if "```diff" in page.read_text() and page.parent.name != "clients"]
+"""Those of the clients are applied to files, which are run, in `test_clients.py`."""
+
+
+@pytest.mark.parametrize("page", DIFFS, ids=page_id)
 def test_what_a_diff_leads_to_is_sound(page):
     """It is Python; `...` may stand for arguments that are left out."""
     for block in blocks(page):
