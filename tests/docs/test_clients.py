@@ -20,8 +20,17 @@ pytestmark = pytest.mark.timeout(200)
 CLIENTS = Path(__file__).parent.parent.parent / "docs/clients"
 PAGE = (CLIENTS / "index.md").read_text()
 ARGUMENTS = {
-    "gpt.py": ["--max_iters=100", "--eval_interval=50", "--eval_iters=2"],
-    "classifier.py": ["--epochs", "3"],
+    "gpt.py": [
+        "--max_iters=40",
+        "--eval_interval=40",
+        "--eval_iters=2",
+        "--gradient_accumulation_steps=4",
+        "--n_embd=64",
+        "--block_size=32",
+        "--batch_size=4",
+        "--warmup_iters=5",
+    ],
+    "classifier.py": ["--epochs", "2"],
     "multinode.py": ["4", "2"],
 }
 
