@@ -67,7 +67,7 @@ def _is_plain(token) -> bool:
     return token is not None and token.type == "fence" and token.info == ""
 
 
-def run(page: Path, timeout: float = 100) -> list[str]:
+def run(page: Path, timeout: float = 280) -> list[str]:
     """Run a page's Python blocks in one namespace, a process and a temporary folder of their own.
 
     The process is one rank with one thread, and has loaded torch. It stops at the first block that does not do what the
