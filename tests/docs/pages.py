@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Iterator
@@ -81,9 +82,9 @@ def run(page: Path, timeout: float = 280) -> list[str]:
         What is wrong, each with the page and a line; empty if all is well.
     """
     with tempfile.TemporaryDirectory() as folder, _started(page, folder) as (pipe, process):
-        line, troubles = 1, []
+        line, troubles, deadline = 1, [], time.monotonic() + timeout
         try:
-            while pipe.poll(timeout):
+            while pipe.poll(max(0.0, deadline - time.monotonic())):
                 said = pipe.recv()
                 if isinstance(said, int):
                     line = said
