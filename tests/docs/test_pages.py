@@ -7,6 +7,8 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, run
 
+pytestmark = pytest.mark.timeout(300)
+"""A page may start processes of its own, which load torch, on a machine with other work."""
 LANGUAGES = {"python", "", "diff", "bash", "console", "text", "toml", "yaml", "json", "{toctree}", "{eval-rst}"}
 """Python goes under no other name than the one that is run."""
 
