@@ -80,7 +80,7 @@ class Pipeline:
         self.split = tuple(tuple(names) for names in split)
         """Names of the blocks in each stage, of all ranks."""
         self.registration = registration
-        """The reducer at work, with ``stats()``, ``state_dict()``, ``clip_grad_norm_()``, as from `distopt.register`."""
+        """The reducer at work, with ``stats()``, ``state_dict()``, ``clip_grad_norm_()``; see `distopt.register`."""
         self.module = nn.ModuleDict({name: block for chain in chains.values() for name, block in chain.blocks.items()})
         """This rank's blocks, by their names in the model, for an optimizer, or to be saved."""
 
