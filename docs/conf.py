@@ -27,10 +27,15 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 default_role = "py:obj"  # what docstrings put between single backquotes: names, and arguments
 
+autodoc_mock_imports = ["lightning", "accelerate", "transformers"]  # whose classes ours extend
+
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r".*"),  # an argument is no link
-    ("py:.*", r"(torch|collections|contextlib|typing|datetime|os|pathlib|types)\..*"),  # their pages are elsewhere
+    (
+        "py:.*",
+        r"(torch|accelerate|lightning|transformers|collections|contextlib|typing|datetime|os|pathlib|types)\..*",
+    ),  # their pages are elsewhere
     # Any type; parts of a sum; and what the classes that users do not make themselves are made of.
     ("py:class", r"distopt\.(.*\._T|accumulation\.Batch)"),
     ("py:class", r"distopt\.planning\.(costs\.(Scheme|Share)|machine\.Wire)"),
@@ -55,17 +60,6 @@ def offer_sources(app, document, content):
     content[0] = OUTSIDE.sub(offered, content[0])
 
 
-def leave_out_what_is_not_there(app, document, content):
-    """A folder of a list of pages, or the tutorial, that has not been written would be a warning."""
-
-    def kept(line):
-        return line[0] if any(Path(app.srcdir).glob(f"{line[1]}.md")) else ""
-
-    if document == "index":
-        content[0] = re.sub(r"^(tutorial|[\w-]+/\*)\n", kept, content[0], flags=re.MULTILINE)
-
-
 def setup(app):
     """Called by Sphinx."""
     app.connect("source-read", offer_sources)
-    app.connect("source-read", leave_out_what_is_not_there)

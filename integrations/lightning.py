@@ -43,6 +43,7 @@ class ReducerCallback(pl.Callback):
 
     def __init__(self, reducer: Reducer, **options: Any) -> None:
         self._late = LateRegistration(reducer, 'give the Trainer strategy="ddp"', **options)
+        self._evaluates = False
 
     @property
     def registration(self) -> Registration | None:
@@ -54,7 +55,8 @@ class ReducerCallback(pl.Callback):
         return self._late.stats()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lightning is about to wrap the model anew."""
+        """Lightning is about to restore a checkpoint, and for ``fit`` to wrap the model anew."""
+        self._evaluates = stage != "fit"
         if stage == "fit":
             self._late.detach()
 
@@ -67,5 +69,6 @@ class ReducerCallback(pl.Callback):
         return self._late.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """What Lightning restores, on all ranks, before the model is wrapped."""
-        self._late.load_state_dict(state_dict)
+        """What Lightning restores, on all ranks, before the model is wrapped; for an evaluation as well."""
+        if not self._evaluates:
+            self._late.load_state_dict(state_dict)

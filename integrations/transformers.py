@@ -99,7 +99,7 @@ def attach(trainer: Trainer, reducer: Reducer, **options: Any) -> ReducerCallbac
         options: keywords of `distopt.register`.
 
     Returns:
-        The callback, added to the trainer: its ``stats()`` tell what was sent.
+        The callback, added to the trainer; its ``stats()`` tell what was sent.
 
     Raises:
         SettingError: if ``reducer`` is none.

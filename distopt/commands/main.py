@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; ``None`` takes those of this process.
 
     Returns:
-        The exit code: 0, 1 if something does not work that was asked about, 2 for bad settings or input (one line on
+        The exit code; 0, 1 if something does not work that was asked about, 2 for bad settings or input (one line on
         stderr has said what), 130 after Ctrl-C.
     """
     try:

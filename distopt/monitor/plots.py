@@ -149,7 +149,9 @@ def _limit(axes: Any, panel: Panel, tickers: Any) -> None:
         axes.yaxis.set_minor_locator(tickers.NullLocator())
     elif panel.look.percent:
         axes.set_ylim(min(0.0, *values) if values else 0.0, 1.0)
-    elif panel.look.axis in ("seconds", "skipped steps", "bytes a step"):
+    elif panel.look.axis == "skipped steps":
+        axes.set_ylim(0, max(1.0, *(1.05 * value for value in values)) if values else 1.0)
+    elif panel.look.axis in ("seconds", "bytes a step"):
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(tickers.FuncFormatter(functools.partial(_tick, panel.look)))
 

@@ -91,7 +91,7 @@ def record(
         step: how many steps have been taken before, by a run that goes on.
 
     Returns:
-        What takes scalars of your own: ``recorder.add_scalar("loss", loss.item())``.
+        What takes scalars of your own, by ``recorder.add_scalar("loss", loss.item())``.
 
     Raises:
         SettingError: ``every`` is not an integer of at least 1, or ``folder`` cannot be written to.

@@ -200,7 +200,7 @@ FLOAT_1_6_9 = MiniFloat(1, 6, 9, bias=60)
 Source: Ramesh et al. 2021 (arXiv:2102.12092), appendices D and E; the bias follows from the largest value."""
 
 FLOAT_0_6_10 = MiniFloat(0, 6, 10, bias=60)
-"""DALL-E's format for Adam's variance, which has no sign; largest value just below 16. Source: as above."""
+"""DALL-E's format for Adam's variance, which has no sign; largest value just below 16, from the same source."""
 
 
 def power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:

@@ -80,7 +80,7 @@ class Pipeline:
         self.split = tuple(tuple(names) for names in split)
         """Names of the blocks in each stage, of all ranks."""
         self.registration = registration
-        """The reducer at work, with ``stats()``, ``state_dict()``, ``clip_grad_norm_()``, ... as from `distopt.register`."""
+        """The reducer at work, with ``stats()``, ``state_dict()``, ``clip_grad_norm_()``; see `distopt.register`."""
         self.module = nn.ModuleDict({name: block for chain in chains.values() for name, block in chain.blocks.items()})
         """This rank's blocks, by their names in the model, for an optimizer, or to be saved."""
 
@@ -122,8 +122,8 @@ class Pipeline:
             target: what the loss needs ``(n, ...)``; needed on ranks that have the last stage, ignored on others.
 
         Returns:
-            The loss, 0-dimensional, float64, which is the mean over the batches of all replicas and shards, the same on every
-            rank.
+            The loss, 0-dimensional, float64, which is the mean over the batches of all replicas and shards, the same on
+            every rank.
 
         Raises:
             SettingError: on all ranks, before any work, if any of them was given a batch that cannot be divided.

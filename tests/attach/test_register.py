@@ -23,6 +23,15 @@ def test_a_model_that_is_not_ddp():
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_group_of_somebody_else():
+    group = torch.distributed.ProcessGroup(0, 1)
+    with pytest.raises(
+        distopt.RegistrationError, match=r"does not know the ProcessGroup to average over: make it by new"
+    ):
+        distopt.register(nn.Linear(2, 2).named_parameters(), distopt.AllReduce(), process_group=group)
+
+
+@pytest.mark.usefixtures("alone")
 def test_something_that_is_no_reducer():
     for wrong in (4, "powersgd", distopt.PowerSGD):
         with pytest.raises(distopt.SettingError, match=r"reducer is .*, but must be a reducer such as"):

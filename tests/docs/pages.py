@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 import types
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def _is_plain(token) -> bool:
     return token is not None and token.type == "fence" and token.info == ""
 
 
-def run(page: Path, timeout: float = 100) -> list[str]:
+def run(page: Path, timeout: float = 280) -> list[str]:
     """Run a page's Python blocks in one namespace, a process and a temporary folder of their own.
 
     The process is one rank with one thread, and has loaded torch. It stops at the first block that does not do what the
@@ -81,9 +82,9 @@ def run(page: Path, timeout: float = 100) -> list[str]:
         What is wrong, each with the page and a line; empty if all is well.
     """
     with tempfile.TemporaryDirectory() as folder, _started(page, folder) as (pipe, process):
-        line, troubles = 1, []
+        line, troubles, deadline = 1, [], time.monotonic() + timeout
         try:
-            while pipe.poll(timeout):
+            while pipe.poll(max(0.0, deadline - time.monotonic())):
                 said = pipe.recv()
                 if isinstance(said, int):
                     line = said

@@ -20,8 +20,17 @@ pytestmark = pytest.mark.timeout(200)
 CLIENTS = Path(__file__).parent.parent.parent / "docs/clients"
 PAGE = (CLIENTS / "index.md").read_text()
 ARGUMENTS = {
-    "gpt.py": ["--max_iters=100", "--eval_interval=50", "--eval_iters=2"],
-    "classifier.py": ["--epochs", "3"],
+    "gpt.py": [
+        "--max_iters=40",
+        "--eval_interval=40",
+        "--eval_iters=2",
+        "--gradient_accumulation_steps=4",
+        "--n_embd=64",
+        "--block_size=32",
+        "--batch_size=4",
+        "--warmup_iters=5",
+    ],
+    "classifier.py": ["--epochs", "2"],
     "multinode.py": ["4", "2"],
 }
 
@@ -77,7 +86,7 @@ def run_script(rank, say, folder, program, name, arguments, where):
 def trained(name, program, where, arguments=None):
     """What every rank of a script printed, its weights, and its saving, if there is any."""
     fates = run_mortals(
-        2, run_script, program, name, ARGUMENTS[name] if arguments is None else arguments, str(where), timeout=150
+        2, run_script, program, name, ARGUMENTS[name] if arguments is None else arguments, str(where), timeout=190
     )
     for fate in fates:
         assert not fate.error
@@ -105,7 +114,7 @@ def both(request, tmp_path_factory):
 
 
 # What is learned without the line, at the least; how much worse it may be with it; and what is saved.
-LIMITS = {"gpt.py": (2.6, 0.15, 0.75), "classifier.py": (85.0, 4.0, 0.75), "multinode.py": (0.3, 0.1, 0.85)}
+LIMITS = {"gpt.py": (2.8, 0.4, 0.7), "classifier.py": (90.0, 12.0, 0.8), "multinode.py": (6.0, 2.5, 0.9)}
 
 
 def test_it_learns_and_sends_less(both):

@@ -7,6 +7,8 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, run
 
+pytestmark = pytest.mark.timeout(300)
+"""A page may start processes of its own, which load torch, on a machine with other work."""
 LANGUAGES = {"python", "", "diff", "bash", "console", "text", "toml", "yaml", "json", "{toctree}", "{eval-rst}"}
 """Python goes under no other name than the one that is run."""
 
@@ -43,17 +45,20 @@ def test_all_python_is_run(page):
             )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```diff" in page.read_text()], ids=page_id)
+DIFFS = [page for page in PAGES if "```diff" in page.read_text() and page.parent.name != "clients"]
+"""Those of the clients are applied to files, which are run, in `test_clients.py`."""
+
+
+@pytest.mark.parametrize("page", DIFFS, ids=page_id)
 def test_what_a_diff_leads_to_is_sound(page):
-    """Python before and after, where it is Python; `...` may stand for what is left out."""
+    """It is Python; `...` may stand for arguments that are left out."""
     for block in blocks(page):
         if block.language == "diff" and ".toml" not in block.code:
-            for sign in "-+":
-                kept = [line[2:] for line in block.code.splitlines() if line[:1] in (" ", sign, "")]
-                try:
-                    ast.parse("\n".join(kept))
-                except SyntaxError as error:
-                    pytest.fail(f"{page_id(page)}:{block.line - 1 + error.lineno}: {error.msg}: {error.text}")
+            after = [line[1:] for line in block.code.splitlines() if not line.startswith(("-", "@@"))]
+            try:
+                ast.parse(textwrap.dedent("\n".join(after)).replace(", ...)", ")"))
+            except SyntaxError as error:
+                pytest.fail(f"{page_id(page)}:{block.line}, line {error.lineno} after: {error.msg}: {error.text}")
 
 
 GOOD = """# A page

@@ -17,7 +17,7 @@ import distopt
 from tests.docs.pages import PAGES, ROOT, blocks
 from tests.processes import run_mortals
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 ROOMS = ("checkpoint", "optim", "scaling")
 
 
@@ -46,7 +46,7 @@ def build_job(rank, say, folder, source, target):
 
 
 def build(source, target):
-    (fate,) = run_mortals(1, build_job, source, target, timeout=250)
+    (fate,) = run_mortals(1, build_job, source, target, timeout=850)
     assert not fate.error
     warnings, documented = fate.said[0]
     return Site(target, re.sub(r"\x1b\[[\d;]*m", "", warnings), documented)
@@ -129,11 +129,16 @@ def found(name):
         return getattr(owner, last)
 
 
+def is_same(one, other):
+    """Names of integrations stand in one place only, and their packages take long to import."""
+    if one == other or any(name.startswith("distopt.integrations.") for name in (one, other)):
+        return one == other
+    return found(one) is found(other)
+
+
 @pytest.mark.parametrize("name", sorted(set(public_names())))
 def test_a_public_name_is_on_one_page_of_the_reference(site, name):
     last = name.rpartition(".")[2]
-    pages = [
-        page for other, page in site.documented.items() if other.endswith(f".{last}") and found(other) is found(name)
-    ]
+    pages = [page for other, page in site.documented.items() if other.endswith(f".{last}") and is_same(other, name)]
     assert len(pages) == 1, pages
     assert pages[0].startswith("api/")

@@ -93,7 +93,8 @@ def job(rank, folder):
         ckpt_path=f"{folder}/epoch=0.ckpt",
     )
     found["resumed"] = same(values(module), expected) and hook.stats() == stats
-    trainer.validate(module, DataLoader(batches(rank, 1), batch_size=None), verbose=False)
+    loader = DataLoader(batches(rank, 1), batch_size=None)
+    trainer.validate(module, loader, ckpt_path=f"{folder}/epoch=0.ckpt", verbose=False)
     found["evaluated"] = hook.stats() == stats
 
     hook = ReducerCallback(REDUCER)
