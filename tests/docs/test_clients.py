@@ -16,16 +16,17 @@ import distopt
 from tests.processes import run_mortals
 
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 CLIENTS = Path(__file__).parent.parent.parent / "docs/clients"
 PAGE = (CLIENTS / "index.md").read_text()
 ARGUMENTS = {
     "gpt.py": [
-        "--max_iters=40",
-        "--eval_interval=40",
+        "--max_iters=30",
+        "--eval_interval=30",
         "--eval_iters=2",
         "--gradient_accumulation_steps=4",
         "--n_embd=64",
+        "--n_layer=1",
         "--block_size=32",
         "--batch_size=4",
         "--warmup_iters=5",
@@ -114,7 +115,7 @@ def both(request, tmp_path_factory):
 
 
 # What is learned without the line, at the least; how much worse it may be with it; and what is saved.
-LIMITS = {"gpt.py": (2.8, 0.4, 0.7), "classifier.py": (90.0, 12.0, 0.8), "multinode.py": (6.0, 2.5, 0.9)}
+LIMITS = {"gpt.py": (3.2, 0.4, 0.65), "classifier.py": (90.0, 12.0, 0.8), "multinode.py": (6.0, 2.5, 0.9)}
 
 
 def test_it_learns_and_sends_less(both):
