@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-# Two files of tests at a time: most of them wait for other processes half of the time. A timeout ends a process of tests:
-# one that is started again in its place may wait for ever.
-TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
+# Three files of tests at a time, on two cores too: most of them wait for other processes half of the time. A timeout ends a
+# process of tests: one that is started again in its place may wait for ever.
+SHARED := --numprocesses 3 --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test test-full check docs bench gpu clean
 
@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/distopt-dalle demo
 
 test: check
-	$(BIN)/python -m pytest -q $(TWO)
+	$(BIN)/python -m pytest -q $(SHARED)
 
 test-full: check
 	DISTOPT_TESTS=full $(BIN)/python -m pytest -q
