@@ -5,9 +5,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-# Three files of tests at a time, on two cores too: most of them wait for other processes half of the time. A timeout ends a
-# process of tests: one that is started again in its place may wait for ever.
-SHARED := --numprocesses 3 --dist loadfile --max-worker-restart 0
+# Two files of tests at a time: most of them wait for other processes half of the time, and with more of them, on two cores,
+# ranks wait for their turn instead. A timeout ends a process of tests: one that is started again in its place may wait for ever.
+SHARED := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: demo test test-full check docs bench gpu clean
 

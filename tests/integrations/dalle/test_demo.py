@@ -1,9 +1,6 @@
 """Demo and training from end to end, with too few steps to learn anything: which files are written, and what they hold."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -131,18 +128,6 @@ def test_two_ranks_train_on_a_folder(photos, tmp_path, capfd):
     assert main(["evaluate", "--run", str(out)]) == 0
     again = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
     assert again["held_out"] == pytest.approx(report["held_out"])
-
-
-def test_under_torchrun_its_ranks_are_used(photos, tmp_path):
-    config = tmp_path / "f.toml"
-    config.write_text("size = 8\n[stage1]\ncodes = 4\nsteps = 1\n[stage2]\nlayers = 1\nsteps = 1\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "distopt.integrations.dalle", "train", "--data", photos, "--config", config]
-    command += ["--out", tmp_path / "run", "--ranks", "5"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["world_size"] == 2
 
 
 def test_every_option_of_the_configuration_reaches_its_stage():

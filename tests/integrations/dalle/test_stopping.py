@@ -1,5 +1,6 @@
 """Whole commands that are stopped: by SIGTERM, and by a rank that is killed under torchrun. Both end as the same run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def test_what_sigterm_and_torchrun_s_restarts_leave_is_the_same_model(tmp_path, 
     process = start(*command, "--out", one)
 
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2", "-m"]
-    agent = start(*torchrun, *command, "--out", two)
+    agent = start(*torchrun, *command, "--out", two, "--ranks", "5")  # torchrun's own number is what counts
     wait_for_a_checkpoint(agent, two)
     os.kill(children(agent.pid)[-1], signal.SIGKILL)
     restarted, err = agent.communicate()
@@ -93,5 +94,6 @@ def test_what_sigterm_and_torchrun_s_restarts_leave_is_the_same_model(tmp_path, 
     assert process.returncode == 0, err
     assert "goes on after step" in out
     assert not (one / "checkpoints").exists()
+    assert json.loads((two / "report.json").read_text())["world_size"] == 2
     for name in ("dvae", "transformer"):
         assert (one / f"{name}.safetensors").read_bytes() == (two / f"{name}.safetensors").read_bytes()

@@ -171,7 +171,7 @@ def test_the_command_starts_ranks_and_goes_on_where_it_ended(tmp_path):
     told = []
     for _ in range(2):
         done = subprocess.run(
-            [*command, "--epochs", "1", "--save_every", "19"], capture_output=True, text=True, timeout=110
+            [*command, "--epochs", "1", "--save_every", "19"], capture_output=True, text=True, timeout=220
         )
         assert done.returncode == 0, done.stderr
         told.append(done.stdout)
