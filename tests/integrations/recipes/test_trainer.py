@@ -16,7 +16,6 @@ from torch.utils.data import TensorDataset
 
 from distopt import checkpoint
 from tests.docs.test_launch import LAUNCH, ROOT, SCONTROL, SRUN, free_port, launched
-from tests.faults.draw import count
 from tests.processes import run_mortals, run_ranks
 
 pytestmark = pytest.mark.timeout(300)
@@ -130,7 +129,6 @@ def test_is_short_enough_to_copy():
     assert len(Path(trainer.__file__).read_text().splitlines()) < 120
 
 
-@pytest.mark.skipif(not count(0, 1), reason="make test runs these scripts with docs/launch/train.py alone")
 def test_two_nodes_by_slurm_end_with_the_same_weights_as_one_machine(undisturbed, tmp_path):
     (alone, _), _ = undisturbed
     commands = tmp_path / "commands"
