@@ -13,6 +13,7 @@ def add_fields(
     also: Mapping[str, str] | None = None,
     hidden: Collection[str] = (),
     unset: Mapping[str, str] | None = None,
+    otherwise: Mapping[str, Any] | None = None,
 ) -> None:
     """A flag for every field, by the name that it has in a TOML file; `chosen` reads what it is given.
 
@@ -22,11 +23,14 @@ def add_fields(
         also: flags that fields have besides their own, by the field's name.
         hidden: fields that have no flag of their own name.
         unset: what it means that a field without a default is not given, by the field's name or its table's.
+        otherwise: the defaults of this command, by the field's name, where they are not those of the settings.
     """
     for name, field, _ in leaves(kind):
         flags = [flag for flag in ((also or {}).get(name), None if name in hidden else f"--{name}") if flag]
         if flags:
-            default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+            default = (otherwise or {}).get(name, field.default)
+            if isinstance(default, bool):
+                default = str(default).lower()
             if default is None:
                 table = name.split(".")[0]
                 default = (unset or {}).get(name, (unset or {}).get(table, "it depends on other settings"))

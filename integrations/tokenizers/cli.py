@@ -1,8 +1,9 @@
 """The command ``distopt-tokenizers``: reads its arguments, checks them, and only then imports what takes seconds."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distopt.errors import SettingError
 
@@ -14,8 +15,9 @@ from .sweeps import compared, curve, sizes_of
 COMMAND = launch.Command("distopt-tokenizers", "distopt.integrations.tokenizers")
 _SWEPT = ("bottleneck", "options", "start")
 """Fields that a sweep sets itself."""
-_BUDGET = {"steps": 700, "save_every": 0}
-"""What is different in a sweep, of which every part is short."""
+_COMPARED: Mapping[str, Any] = {"steps": 700, "save_every": 0}
+_CURVED: Mapping[str, Any] = {"steps": 3000, "width": 32, "data": "photos", "save_every": 0}
+"""Defaults of the sweeps, where they differ from those of one run."""
 _EXAMPLES = """examples:
   distopt-tokenizers train --bottleneck simvq --codes 512 --out runs/simvq
   distopt-tokenizers train --bottleneck vq --options 'rotation = true' --data photos --out runs/vq
@@ -41,7 +43,7 @@ def _train(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 
 
 def _compare(parsed: argparse.Namespace, given: Sequence[str]) -> int:
-    base = build(TrainSettings, _BUDGET | flags.chosen(parsed, TrainSettings))
+    base = build(TrainSettings, {**_COMPARED, **flags.chosen(parsed, TrainSettings)})
     if base.codes & (base.codes - 1):
         raise SettingError("--codes", base.codes, "a power of two, which LFQ needs")
     entries = compared(base)
@@ -61,7 +63,7 @@ def _compare(parsed: argparse.Namespace, given: Sequence[str]) -> int:
 
 def _curve(parsed: argparse.Namespace, given: Sequence[str]) -> int:
     sizes = sizes_of(parsed.sizes)
-    base = build(TrainSettings, {**_BUDGET, "data": "photos", **flags.chosen(parsed, TrainSettings)})
+    base = build(TrainSettings, {**_CURVED, **flags.chosen(parsed, TrainSettings)})
     entries = curve(base, sizes)
 
     def task() -> None:
@@ -113,30 +115,29 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     def add(
-        name: str, run: Callable[..., int], help: str, hidden: Sequence[str] = (), out: str | None = None
+        name: str,
+        run: Callable[..., int],
+        help: str,
+        hidden: Sequence[str] = (),
+        otherwise: Mapping[str, Any] | None = None,
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         added.set_defaults(run=run)
-        default = None if out is None else Path(out)
+        out = None if otherwise is None else Path("runs", name)
         meaning = "folder of the run, made if missing" + ("" if out is None else f" (default: {out})")
-        added.add_argument("--out", type=Path, required=out is None, default=default, metavar="RUN", help=meaning)
+        added.add_argument("--out", type=Path, required=out is None, default=out, metavar="RUN", help=meaning)
         command.add_ranks(added)
         meaning = "train anew, whatever --out holds; otherwise what is finished stays, and a stopped run goes on"
         added.add_argument("--fresh", action="store_true", help=meaning)
-        flags.add_fields(added, TrainSettings, hidden=hidden, unset={"options": "the bottleneck's own"})
+        unset = {"options": "the bottleneck's own"}
+        flags.add_fields(added, TrainSettings, hidden=hidden, unset=unset, otherwise=otherwise)
         return added
 
     add("train", _train, "Train one autoencoder, and judge it.")
-    add(
-        "compare",
-        _compare,
-        "Train every kind of bottleneck at the same budget: a table, and pictures.",
-        _SWEPT,
-        "runs/compare",
-    )
-    swept = add(
-        "curve", _curve, "Train codebooks of rising size: a table, and a plot.", (*_SWEPT, "codes"), "runs/curve"
-    )
+    meaning = "Train every kind of bottleneck at the same budget: a table, and pictures."
+    add("compare", _compare, meaning, _SWEPT, _COMPARED)
+    meaning = "Train codebooks of rising size: a table, and a plot."
+    swept = add("curve", _curve, meaning, (*_SWEPT, "codes"), _CURVED)
     sizes = "sizes of the codebooks (default: 64,256,1024,4096)"
     swept.add_argument("--codes", default="64,256,1024,4096", dest="sizes", metavar="K,K,...", help=sizes)
     return parser

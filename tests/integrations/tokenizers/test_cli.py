@@ -1,5 +1,6 @@
 """The command: what it refuses, in one line and without torch, and what it leaves behind."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def test_a_comparison_has_columns_to_be_filled_in(tmp_path):
 def run_again(entries, out):
     """Nothing is trained a second time."""
     return [{**row, "s0": 0.5, "s1": None} for row in run_all(entries, out)]
+
+
+@pytest.mark.parametrize(("sweep", "defaults"), [("compare", cli._COMPARED), ("curve", cli._CURVED)])
+def test_a_sweep_s_help_tells_its_own_defaults(sweep, defaults):
+    (commands,) = (action for action in cli._parser()._actions if action.dest == "command")
+    helps = {action.dest: action.help for action in commands.choices[sweep]._actions}
+    for field in dataclasses.fields(TrainSettings):
+        if field.name in helps and field.default is not None:
+            assert f"(default: {defaults.get(field.name, field.default)!s}" in helps[field.name]
 
 
 def test_sizes():
