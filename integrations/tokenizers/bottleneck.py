@@ -77,7 +77,7 @@ class Bottleneck(nn.Module, abc.ABC):
         """Vectors ``(B, outputs, h, w)`` float32 of indices ``(B, h, w)``: what forward gives in eval mode, to the bit.
 
         Raises:
-            SettingError: the bottleneck is continuous.
+            SettingError: the bottleneck is continuous, or there is no such index.
         """
 
     def start(self, z: Tensor, generator: torch.Generator) -> None:
@@ -96,9 +96,12 @@ def rows_of(z: Tensor) -> Tensor:
 
 
 def grid_of(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows as cells: ``(B * h * w, C)`` to ``(B, C, h, w)``, with B, h and w those of ``like``."""
+    """Rows as cells: ``(B * h * w, C)`` or ``(B * h * w,)`` to ``(B, C, h, w)``, with B, h and w those of ``like``.
+
+    B may be 0: a rank that has run out of pictures still takes part in what is collective.
+    """
     batch, _, height, width = like.shape
-    return rows.reshape(batch, height, width, -1).movedim(-1, 1).contiguous()
+    return rows.reshape(batch, height, width, rows.shape[1] if rows.dim() > 1 else 1).movedim(-1, 1).contiguous()
 
 
 def in_float32(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -138,6 +141,41 @@ def check(name: str, value: object, low: float, high: float, *, whole: bool = Fa
         words = f"a {'whole ' if whole else ''}number from {low:g} to {high:g}" if high < MOST_CODES else ""
         words = words or f"a {'whole ' if whole else ''}number from {low:g} to {high}"
         raise SettingError(name, value, words)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither true nor false: the text "no" would count as true.
+
+    Raises:
+        SettingError: names it.
+
+    Example:
+        >>> check_flag("VQ.rotation", "no")
+        Traceback (most recent call last):
+            ...
+        distopt.errors.SettingError: VQ.rotation is 'no', but must be true or false
+    """
+    if not isinstance(value, bool):
+        raise SettingError(name, value, "true or false")
+
+
+def check_indices(indices: Tensor, codes: int) -> None:
+    """Refuse indices that are none: digits and bits of one that is too large would be those of another code.
+
+    Raises:
+        SettingError: names the smallest or the largest.
+
+    Example:
+        >>> check_indices(torch.tensor([[3, 8]]), 8)
+        Traceback (most recent call last):
+            ...
+        distopt.errors.SettingError: indices is 8, but must be whole numbers from 0 to 7
+    """
+    if not indices.numel():
+        return
+    least, most = (int(each) for each in indices.aminmax())
+    if least < 0 or most >= codes:
+        raise SettingError("indices", least if least < 0 else most, f"whole numbers from 0 to {codes - 1}")
 
 
 MOST_CODES = 2**20

@@ -17,7 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bottleneck import MOST_CODES, Bottleneck, Quantized, check, grid_of, in_float32, passed_through, rows_of
+from .bottleneck import (
+    MOST_CODES,
+    Bottleneck,
+    Quantized,
+    check,
+    check_flag,
+    check_indices,
+    grid_of,
+    in_float32,
+    passed_through,
+    rows_of,
+)
 from .nearest import nearest
 from .rotation import rotated
 
@@ -44,6 +55,7 @@ class Codebook(Bottleneck, abc.ABC):
         check(f"{kind}.width", width, 1, 4096, whole=True)
         check(f"{kind}.codebook_weight", codebook_weight, 0, 1000)
         check(f"{kind}.commitment_weight", commitment_weight, 0, 1000)
+        check_flag(f"{kind}.rotation", rotation)
         super().__init__(width, width, codes)
         self.codebook_weight, self.commitment_weight, self.rotation = codebook_weight, commitment_weight, rotation
 
@@ -81,4 +93,6 @@ class Codebook(Bottleneck, abc.ABC):
     def lookup(self, indices: Tensor) -> Tensor:
         """See `Bottleneck`."""
         with in_float32(indices.device):
-            return F.embedding(indices, self.table()).movedim(-1, 1).contiguous()
+            table = self.table()
+            check_indices(indices, len(table))
+            return F.embedding(indices, table).movedim(-1, 1).contiguous()

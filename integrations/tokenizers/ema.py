@@ -13,6 +13,9 @@ Source: van den Oord et al. 2017 (arXiv:1711.00937), appendix A.1; smoothing as 
 Dhariwal et al. 2020 (arXiv:2005.00341), section 3.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -75,16 +78,31 @@ class EMA(Codebook):
 
     def table(self) -> Tensor:
         """The codes, ``(K, d)``."""
-        return self.embedding.float()
+        return self.embedding
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Leave the means in float32 when a model is put into 16 bits: steps of a hundredth would be lost there."""
+        kept = {name: getattr(self, name) for name in ("embedding", "counts", "sums")}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            device = getattr(self, name).device
+            if getattr(self, name).dtype != torch.float32:
+                setattr(self, name, value.to(device))
+        return self
 
     @torch.no_grad()
     def observe(self, rows: Tensor, indices: Tensor) -> None:
-        """Take a training batch into the means. Collective."""
+        """Take a training batch into the means. Collective.
+
+        One that is not finite on some rank is left out on all, as means never forget it; so is one of no vectors.
+        """
         batch = rows.new_zeros(len(self.counts), 1 + rows.shape[1])
         batch.index_add_(0, indices, torch.cat([torch.ones_like(rows[:, :1]), rows], dim=1))
         batch = summed(batch)
-        self.counts.lerp_(batch[:, 0].to(self.counts.dtype), 1 - self.decay)
-        self.sums.lerp_(batch[:, 1:].to(self.sums.dtype), 1 - self.decay)
+        if not bool(batch.isfinite().all() & (batch[:, 0].sum() > 0)):
+            return
+        self.counts.lerp_(batch[:, 0], 1 - self.decay)
+        self.sums.lerp_(batch[:, 1:], 1 - self.decay)
         total, number = self.counts.sum(), len(self.counts)
         smoothed = (self.counts + self.smoothing) / (total + number * self.smoothing) * total
         self.embedding.copy_(self.sums / smoothed.clamp_min(torch.finfo(smoothed.dtype).tiny)[:, None])
@@ -98,7 +116,7 @@ class EMA(Codebook):
         if not number:
             return
         generator = torch.Generator().manual_seed((self.seed << 32) + int(self.updates))
-        self.embedding[dead] = picked(rows, number, generator).to(self.embedding.dtype)
+        self.embedding[dead] = picked(rows, number, generator)
         self.counts[dead] = self.counts.mean()
         self.sums[dead] = self.embedding[dead] * self.counts[dead][:, None]
 

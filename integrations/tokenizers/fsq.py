@@ -20,7 +20,17 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
-from .bottleneck import MOST_CODES, Bottleneck, Quantized, check, grid_of, in_float32, passed_through, rows_of
+from .bottleneck import (
+    MOST_CODES,
+    Bottleneck,
+    Quantized,
+    check,
+    check_indices,
+    grid_of,
+    in_float32,
+    passed_through,
+    rows_of,
+)
 
 LEVELS = {
     2**4: (5, 3),
@@ -82,6 +92,8 @@ class FSQ(Bottleneck):
 
     def __init__(self, codes: int, width: int, *, levels: Sequence[int] | None = None) -> None:
         check("FSQ.codes", codes, 2, MOST_CODES, whole=True)
+        if levels is not None and (isinstance(levels, str) or not isinstance(levels, Sequence)):
+            raise SettingError("FSQ.levels", levels, "a list of whole numbers: [8, 6, 5]")
         chosen = levels_for(codes) if levels is None else tuple(levels)
         for each in chosen:
             check("FSQ.levels", each, 2, _MOST_LEVELS, whole=True)
@@ -111,6 +123,7 @@ class FSQ(Bottleneck):
     @torch.no_grad()
     def lookup(self, indices: Tensor) -> Tensor:
         """See `Bottleneck`."""
+        check_indices(indices, self.codes or 0)
         digits = indices.unsqueeze(-1) // self.places % self.levels
         return ((digits - self._half).float() / self._half).movedim(-1, 1).contiguous()
 

@@ -19,8 +19,18 @@ from torch import Tensor
 
 from distopt.errors import SettingError
 
-from .bottleneck import MOST_CODES, Bottleneck, Quantized, check, grid_of, in_float32, passed_through, rows_of
-from .union import mean_with_own_gradient
+from .bottleneck import (
+    MOST_CODES,
+    Bottleneck,
+    Quantized,
+    check,
+    check_indices,
+    grid_of,
+    in_float32,
+    passed_through,
+    rows_of,
+)
+from .union import mean_of_all
 
 
 class LFQ(Bottleneck):
@@ -94,9 +104,7 @@ class LFQ(Bottleneck):
             p = rows.new_ones(len(rows), 1)
             for bit in part.unbind(1):
                 p = torch.cat([p * torch.sigmoid(-bit)[:, None], p * torch.sigmoid(bit)[:, None]], dim=1)
-            mean = p.mean(0)
-            if self.training:
-                mean = mean_with_own_gradient(mean)
+            mean = mean_of_all(p) if self.training else p.mean(0)
             spread = spread - torch.special.xlogy(mean, mean.clamp_min(1e-20)).sum()
         return sure, spread
 
@@ -108,5 +116,6 @@ class LFQ(Bottleneck):
     @torch.no_grad()
     def lookup(self, indices: Tensor) -> Tensor:
         """See `Bottleneck`."""
+        check_indices(indices, self.codes or 0)
         bits = indices.unsqueeze(-1) // self.powers % 2
         return (2 * bits - 1).float().movedim(-1, 1).contiguous()

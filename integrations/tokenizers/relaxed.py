@@ -18,8 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bottleneck import MOST_CODES, Bottleneck, Quantized, check, grid_of, in_float32, passed_through, rows_of
-from .union import mean_with_own_gradient, started
+from .bottleneck import (
+    MOST_CODES,
+    Bottleneck,
+    Quantized,
+    check,
+    check_flag,
+    check_indices,
+    grid_of,
+    in_float32,
+    passed_through,
+    rows_of,
+)
+from .union import mean_of_all, started
 
 
 class Relaxed(Bottleneck):
@@ -69,6 +80,7 @@ class Relaxed(Bottleneck):
         check("Relaxed.temperature", temperature, 1e-3, 1000)
         check("Relaxed.usage", usage, 0, 1000)
         check("Relaxed.gain", gain, 1e-3, 1000)
+        check_flag("Relaxed.straight_through", straight_through)
         super().__init__(width, width, codes)
         self.beta, self.warmup, self.subpixels, self.temperature = beta, warmup, subpixels, temperature
         self.usage, self.gain, self.straight_through = usage, gain, straight_through
@@ -81,16 +93,20 @@ class Relaxed(Bottleneck):
     ) -> Quantized:
         """See `Bottleneck`. Losses: ``kl``, and ``usage`` if it has a weight (then in training collective)."""
         with in_float32(z.device):
-            logits = self.to_logits(rows_of(z))
+            logits, table = self._logits(rows_of(z)), self.embedding.weight.float()
             indices = logits.argmax(1)
-            vectors = F.embedding(indices, self.embedding.weight)
+            vectors = F.embedding(indices, table)
             if self.training:
                 y = self._drawn(logits, generator, self.temperature if temperature is None else temperature)
-                vectors = y @ self.embedding.weight
+                vectors = y @ table
             losses = self._losses(logits, len(z))
             if self.training:
                 self.updates += 1
             return Quantized(grid_of(vectors, z), grid_of(indices, z)[:, 0], losses)
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Logits ``(n, K)`` float32 of rows ``(n, d)``, whatever the weights are kept in."""
+        return F.linear(rows, self.to_logits.weight.float(), self.to_logits.bias.float())
 
     def _drawn(self, logits: Tensor, generator: torch.Generator | None, temperature: float) -> Tensor:
         """The weights y of the codes, ``(n, K)``."""
@@ -108,7 +124,7 @@ class Relaxed(Bottleneck):
         warm = min(1.0, int(self.updates) / self.warmup) if self.warmup else 1.0
         losses = {"kl": self.beta * warm / self.subpixels * kl}
         if self.usage:
-            mean = mean_with_own_gradient(q.mean(0)) if self.training else q.mean(0)
+            mean = mean_of_all(q) if self.training else q.mean(0)
             losses["usage"] = self.usage * (most + torch.special.xlogy(mean, mean.clamp_min(1e-20)).sum())
         return losses
 
@@ -116,12 +132,13 @@ class Relaxed(Bottleneck):
     def encode(self, z: Tensor) -> Tensor:
         """See `Bottleneck`: the argmax of the logits, without noise."""
         with in_float32(z.device):
-            return grid_of(self.to_logits(rows_of(z)).argmax(1), z)[:, 0]
+            return grid_of(self._logits(rows_of(z)).argmax(1), z)[:, 0]
 
     @torch.no_grad()
     def lookup(self, indices: Tensor) -> Tensor:
         """See `Bottleneck`."""
-        return F.embedding(indices, self.embedding.weight).movedim(-1, 1).contiguous()
+        check_indices(indices, self.codes or 0)
+        return F.embedding(indices, self.embedding.weight.float()).movedim(-1, 1).contiguous()
 
     @torch.no_grad()
     def start(self, z: Tensor, generator: torch.Generator) -> None:
@@ -132,7 +149,10 @@ class Relaxed(Bottleneck):
         """
         centres = started(rows_of(z), len(self.embedding.weight), generator)
         leads = torch.cdist(rows_of(z), centres).square().topk(2, dim=1, largest=False).values
-        lead = mean_with_own_gradient((leads[:, 1] - leads[:, 0]).mean()).clamp_min(1e-6)
+        lead = mean_of_all(leads[:, 1] - leads[:, 0])
+        # Of cells that are all alike no code leads: their own size keeps the logits in bounds.
+        size = centres.square().sum(1).mean().clamp_min(1e-6)
+        lead = torch.where(lead > 1e-6 * size, lead, size)
         self.to_logits.weight.copy_(2 * self.gain / lead * centres)
         self.to_logits.bias.copy_(-self.gain / lead * centres.square().sum(1))
         middle = centres - centres.mean(0)

@@ -13,7 +13,7 @@ Source: Zhu et al. 2024 (arXiv:2411.02038), section 4. The bias is that of the a
 import torch
 from torch import Tensor, nn
 
-from .bottleneck import rows_of
+from .bottleneck import check_flag, rows_of
 from .codebook import Codebook
 from .union import from_first, gathered
 from .vq import VQ
@@ -57,6 +57,8 @@ class SimVQ(Codebook):
         rotation: bool = False,
     ) -> None:
         super().__init__(codes, width, codebook_weight, commitment_weight, rotation)
+        for name, flag in (("bias", bias), ("diagonal", diagonal), ("train_codes", train_codes)):
+            check_flag(f"SimVQ.{name}", flag)
         self.embedding = nn.Embedding(codes, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.embedding.weight.requires_grad_(train_codes)

@@ -68,14 +68,22 @@ def picked(rows: Tensor, number: int, generator: torch.Generator) -> Tensor:
     return summed(found)
 
 
-def mean_with_own_gradient(values: Tensor) -> Tensor:
-    """The mean over ranks, with the gradient of this rank's part.
+def mean_of_all(rows: Tensor) -> Tensor:
+    """The mean over all ranks' rows, with the gradient of this rank's part.
 
-    DistributedDataParallel averages gradients over the ranks, which makes that of a function of the mean exact.
+    DistributedDataParallel averages gradients over the ranks, which makes that of a function of this mean exact.
+
+    Args:
+        rows: ``(n, ...)``; n may differ between ranks, and be 0.
+
+    Returns:
+        ``(...)``.
     """
     if ranks() == 1:
-        return values
-    return summed(values.detach()) / ranks() + (values - values.detach())
+        return rows.mean(0)
+    total, number = summed(rows.detach().sum(0)), summed(rows.new_tensor(float(len(rows))))
+    own = rows.sum(0) * (ranks() / number)
+    return total / number + (own - own.detach())
 
 
 @torch.no_grad()

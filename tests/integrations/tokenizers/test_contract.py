@@ -92,6 +92,63 @@ def test_inputs_of_16_bits_are_taken_as_they_are(name):
     assert torch.equal(bottleneck(z).indices, bottleneck(z.float()).indices)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", SMALL)
+def test_modules_of_any_precision_compute_in_float32(name, dtype):
+    bottleneck = made(name).to(dtype)
+    z = inputs_of(bottleneck).to(dtype).requires_grad_()
+    bottleneck.start(z.detach(), torch.Generator().manual_seed(0))
+    out = bottleneck(z, generator=torch.Generator().manual_seed(0))
+    (out.vectors.square().sum() + sum(out.losses.values())).backward()
+    assert out.vectors.dtype == torch.float32
+    assert z.grad.dtype == dtype
+    assert z.grad.isfinite().all()
+    if name in DISCRETE:
+        bottleneck.eval()
+        assert torch.equal(bottleneck.lookup(bottleneck.encode(z)), bottleneck(z).vectors)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_no_pictures_are_no_error(name):
+    """A rank that has run out of pictures must still take part in what is collective."""
+    bottleneck = made(name)
+    before = copy.deepcopy(bottleneck.state_dict())
+    out = bottleneck(inputs_of(bottleneck)[:0])
+    assert out.vectors.shape == (0, bottleneck.outputs, 5, 5)
+    assert bottleneck.encode(inputs_of(bottleneck)[:0]).shape == out.indices.shape == (0, 5, 5)
+    assert bottleneck.lookup(out.indices).shape == out.vectors.shape
+    after = bottleneck.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items() if key != "updates")
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_an_index_that_is_none_is_refused(name):
+    """The digits and bits of one too large would be those of another code."""
+    bottleneck = made(name)
+    with pytest.raises(SettingError, match=f"indices is {bottleneck.codes}, but must be whole numbers from 0 to"):
+        bottleneck.lookup(torch.full((1, 2, 2), bottleneck.codes))
+    with pytest.raises(SettingError, match="indices is -1, but must be"):
+        bottleneck.lookup(torch.full((1, 2, 2), -1))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_bad_batch_is_not_remembered(name):
+    """Without gradients, that is: a step on a loss that is not finite is the optimizer's business."""
+    bottleneck = made(name)
+    bad = inputs_of(bottleneck)
+    bad[0, 0, 0, 0] = float("nan")
+    bottleneck(bad)
+    assert all(value.isfinite().all() for value in bottleneck.state_dict().values())
+    assert bottleneck(inputs_of(bottleneck)).vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_data_that_are_all_alike_start_nothing_extreme(name):
+    bottleneck = made(name, codes=16)
+    bottleneck.start(torch.ones(3, bottleneck.inputs, 5, 5), torch.Generator().manual_seed(0))
+    assert all(value.isfinite().all() and (value.abs() < 1e3).all() for value in bottleneck.state_dict().values())
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_eval_has_no_noise_and_no_memory(name):
     bottleneck = made(name).eval()
@@ -173,6 +230,19 @@ def test_unknown_names_and_values():
         bottlenecks.build("simvq", 16, 4, commitment_weight=-1)
     with pytest.raises(SettingError, match=r"LFQ\.codes is 100, but must be a power of two"):
         bottlenecks.build("lfq", 100, 4)
+    with pytest.raises(SettingError, match=r"FSQ\.levels is 5, but must be a list of whole numbers"):
+        bottlenecks.build("fsq", 100, 4, levels=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [("vq", "rotation"), ("ema", "rotation"), ("simvq", "bias"), ("simvq", "diagonal"), ("simvq", "train_codes")],
+)
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_a_flag_is_true_or_false(kind, flag, value):
+    """From the command line: the text "no" would count as true."""
+    with pytest.raises(SettingError, match=rf"\.{flag} is {value!r}, but must be true or false"):
+        bottlenecks.build(kind, 16, 4, **{flag: value})
 
 
 @pytest.mark.parametrize("value", [True, "1", None, float("nan"), 0, 11])

@@ -41,6 +41,18 @@ def test_codes_become_the_means_of_their_cells():
     assert torch.allclose(ema.table().flatten().sort().values, torch.tensor([-1.5, 2.5]), atol=1e-3)
 
 
+def test_16_bits_do_not_change_the_means():
+    """A hundredth of a count is nothing beside it in bfloat16: running means would stand still."""
+    low, full = EMA(4, 2).bfloat16(), EMA(4, 2)
+    full.load_state_dict(low.state_dict())
+    for step in range(50):
+        z = normal(step, 2, 2, 3, 3).bfloat16()
+        low(z)
+        full(z.float())
+    assert low.counts.dtype == torch.float32
+    assert all(torch.equal(value, full.state_dict()[key]) for key, value in low.state_dict().items())
+
+
 def test_no_gradient_reaches_the_codes_and_only_commitment_the_encoder():
     ema = EMA(8, 4)
     assert not list(ema.parameters())
@@ -156,11 +168,22 @@ def observe(rank):
     )
     fifth = whole[:3] if rank == 0 else whole[3:]
     generator = torch.Generator().manual_seed(5)
-    values = torch.tensor([1.0 + rank], requires_grad=True)
-    union.mean_with_own_gradient(values).square().backward()
-    gradient = values.grad.clone()
+    # Of unequal parts, and of one that is empty.
+    factor = torch.tensor(2.0, requires_grad=True)
+    union.mean_of_all(factor * fifth).square().sum().backward()
+    gradient = factor.grad.clone()
     dist.all_reduce(gradient)
+    lone = union.mean_of_all(whole if rank == 0 else whole[:0])
+    late = EMA(5, 2, dead=0.5)
+    late.load_state_dict(ema.state_dict())
+    late(whole.T.reshape(1, 2, 2, 5) if rank == 0 else torch.zeros(0, 2, 2, 5))
+    spoiled = EMA(5, 2)
+    spoiled.load_state_dict(ema.state_dict())
+    spoiled(torch.full((1, 2, 2, 5), 0.0 if rank == 0 else torch.nan))
     return {
+        "lone": lone,
+        "late": late.state_dict(),
+        "spoiled": spoiled.state_dict(),
         "ema": ema.state_dict(),
         "gathered": union.gathered(fifth),
         "picked": union.picked(fifth, 40, generator),
@@ -177,7 +200,7 @@ def test_two_ranks_are_one_with_both_batches():
     whole = normal(1, 10, 2)
     alone.observe(whole, torch.arange(10) % 4)
     picked = union.picked(whole, 40, torch.Generator().manual_seed(5))
-    lfq = LFQ(4, 1)
+    lfq, late = LFQ(4, 1), EMA(5, 2, dead=0.5)
     spread = lfq(lfq_cells()).losses["entropy"].item() - 0.1 * lfq.entropies(lfq_cells().flatten(1))[0].item()
     for rank, found in enumerate(run_ranks(2, observe)):
         own = 0.1 * lfq.entropies(lfq_cells().flatten(1)[rank : rank + 1])[0].item()
@@ -186,8 +209,13 @@ def test_two_ranks_are_one_with_both_batches():
             assert torch.allclose(found["ema"][key], value), key
         assert torch.equal(found["gathered"], whole)
         assert torch.equal(found["picked"], picked)
-        # d/dv of ((v_0 + v_1) / 2)^2, as DDP averages it: 2 * 1.5 / 2 from each rank.
-        assert found["gradient"] == pytest.approx(3.0)
+        # d/df of |f mean|^2 at f = 2.
+        assert found["gradient"].item() == pytest.approx(4 * whole.mean(0).square().sum().item(), rel=1e-5)
+        assert torch.allclose(found["lone"], whole.mean(0))
+        assert all(torch.equal(value, found["ema"][key]) for key, value in found["spoiled"].items())
+        late.load_state_dict(found["ema"])
+        late(whole.T.reshape(1, 2, 2, 5))
+        assert all(torch.allclose(value, found["late"][key]) for key, value in late.state_dict().items())
 
 
 def test_replacements_come_from_the_whole_batch():
