@@ -1,6 +1,5 @@
 """Trains and judges the autoencoders of a sweep, one after the other; what is finished is not done again."""
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def run_one(settings: TrainSettings, out: Path, name: str, *, fresh: bool = Fals
     _together()
     done = runs.report_of(out)
     if done is not None:
-        if done.get("settings") != dataclasses.asdict(settings):
+        if not runs.same(done, settings):
             raise InputError(f"--out {out}: holds a run of other settings; give another, or --fresh to train anew")
         return done["figures"]
     journal = RunJournal(out, shown=first)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,23 @@ def report_of(out: Path) -> dict[str, Any] | None:
     """What `save` wrote of settings and figures; ``None`` if nothing is there.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is something else.
     """
     path = out / REPORT
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    if not (isinstance(report, dict) and all(isinstance(report.get(part), dict) for part in ("settings", "figures"))):
+        raise InputError(f"{path}: is no report of a tokenizer: its settings or its figures are missing")
+    return report
+
+
+def same(report: Mapping[str, Any], settings: TrainSettings) -> bool:
+    """Whether a report is of these settings; how often checkpoints were saved does not matter."""
+    return {**report["settings"], "save_every": settings.save_every} == dataclasses.asdict(settings)
 
 
 def load(out: Path) -> Autoencoder:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from distopt.integrations.running.fields import InputError
 from distopt.integrations.tokenizers import bottlenecks, runs, training
 from distopt.integrations.tokenizers.data import DrawnScenes
 from distopt.integrations.tokenizers.experiments import run_one
@@ -70,12 +71,21 @@ def test_a_saved_tokenizer_is_the_trained_one(tmp_path):
     model = runs.load(tmp_path)
     assert judge(model, DrawnScenes(), 64)["mse"] == pytest.approx(figures["mse"], rel=1e-6)
     assert run_one(settings, tmp_path, "ema") == figures
+    assert run_one(dataclasses.replace(settings, save_every=0), tmp_path, "ema") == figures
     assert not (tmp_path / training.CHECKPOINTS).exists()
     with pytest.raises(Exception, match="holds a run of other settings"):
         run_one(TINY, tmp_path, "vq")
     (tmp_path / runs.WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(Exception, match="is damaged"):
         runs.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": 3, "figures": {}}', "nothing"])
+def test_a_report_that_is_none_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / runs.REPORT).write_text(text)
+    for look in (lambda: runs.load(tmp_path), lambda: run_one(TINY, tmp_path, "vq")):
+        with pytest.raises(InputError, match=rf"{runs.REPORT}: (is no report of a tokenizer|cannot be read)"):
+            look()
 
 
 def on_ranks(rank, settings):
