@@ -22,7 +22,8 @@ class Warned:
     Args:
         step: at which it did.
         weight: the weight's name.
-        growth: by how much its largest singular value grew since the reading before, 0.1 for a tenth.
+        growth: by how much its largest singular value grew since the reading before, 0.1 for a tenth; NaN if the value
+            is not finite.
         usual: the median size of such changes in the readings before.
     """
 
@@ -33,6 +34,8 @@ class Warned:
 
     def __str__(self) -> str:
         """One line for a log."""
+        if math.isnan(self.growth):
+            return f"step {self.step}: the largest singular value of {self.weight} is not finite"
         return (
             f"step {self.step}: the largest singular value of {self.weight} grew by {self.growth:.0%}, "
             f"usually by {self.usual:.1%}"
@@ -66,8 +69,8 @@ class CollapseAlarm:
             raise SettingError("CollapseAlarm.times", times, "a number above 1")
         if not least > 0:
             raise SettingError("CollapseAlarm.least", least, "a number above 0")
-        if window < 1:
-            raise SettingError("CollapseAlarm.window", window, "at least 1")
+        if not isinstance(window, int) or window < 1:
+            raise SettingError("CollapseAlarm.window", window, "a whole number of at least 1")
         self._times, self._least, self._window = times, math.log1p(least), window
         self._last: dict[str, float] = {}
         self._changes: dict[str, list[float]] = {}

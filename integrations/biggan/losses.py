@@ -18,11 +18,11 @@ def discriminator_hinge(real: Tensor, fake: Tensor, reduction: str = "mean") -> 
 
     Args:
         real: scores of real data.
-        fake: scores of generated data, as many.
+        fake: scores of generated data, of the same shape.
         reduction: "mean", "sum" or "none".
 
     Raises:
-        SettingError: another reduction.
+        SettingError: another reduction, or scores of different shapes, which would be broadcast.
 
     Example:
         >>> discriminator_hinge(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 0.5])).item()
@@ -30,6 +30,8 @@ def discriminator_hinge(real: Tensor, fake: Tensor, reduction: str = "mean") -> 
 
     Source: Lim and Ye 2017 (arXiv:1705.02894); Brock et al. 2019 (arXiv:1809.11096), section 3.
     """
+    if real.shape != fake.shape:
+        raise SettingError("fake", tuple(fake.shape), f"scores of the shape of real, {tuple(real.shape)}")
     return _reduced((1 - real).relu() + (1 + fake).relu(), reduction)
 
 
@@ -60,7 +62,7 @@ def gradient_penalty(scores: Tensor, real: Tensor, gamma: float = 10.0, reductio
         reduction: "mean", "sum" or "none".
 
     Raises:
-        SettingError: another reduction.
+        SettingError: another reduction, or scores that do not depend on ``real``.
 
     Example:
         >>> x = torch.randn(4, 2, requires_grad=True)
@@ -69,6 +71,8 @@ def gradient_penalty(scores: Tensor, real: Tensor, gamma: float = 10.0, reductio
 
     Source: Mescheder et al. 2018 (arXiv:1801.04406), equation 9.
     """
+    if not (real.requires_grad and scores.requires_grad):
+        raise SettingError("real", "without gradient", "what required gradients when it was scored")
     (slope,) = torch.autograd.grad(scores.sum(), real, create_graph=True)
     return _reduced(gamma / 2 * slope.square().flatten(1).sum(1), reduction)
 

@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-_NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+from distopt.errors import SettingError
+
+_NORMALISED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
 _EPSILON = 1e-6
 
 
@@ -31,6 +42,9 @@ def normalise(model: nn.Module) -> nn.Module:
     Returns:
         ``model``. A weight's own numbers are now called ``parametrizations.weight.original``.
 
+    Raises:
+        SettingError: a weight is computed by one of torch's older normalisations, which `held` cannot hold.
+
     Example:
         >>> _ = torch.manual_seed(0)
         >>> critic = normalise(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)))
@@ -38,9 +52,16 @@ def normalise(model: nn.Module) -> nn.Module:
         >>> [round(torch.linalg.matrix_norm(layer.weight, 2).item(), 4) for layer in (critic[0], critic[2])]
         [1.0, 1.0]
     """
-    for module in list(model.modules()):
-        if isinstance(module, _NORMALISED) and not parametrize.is_parametrized(module, "weight"):
-            parametrizations.spectral_norm(module, eps=_EPSILON)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, _NORMALISED):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            if any(isinstance(each, parametrizations._SpectralNorm) for each in module.parametrizations["weight"]):
+                continue
+        elif "weight" not in dict(module.named_parameters(recurse=False)):
+            older = f"the normalisation of {name or type(module).__name__}"
+            raise SettingError(older, "one of torch.nn.utils", "one of torch.nn.utils.parametrizations, or none")
+        parametrizations.spectral_norm(module, eps=_EPSILON)
     return model
 
 
@@ -72,15 +93,16 @@ def settle(model: nn.Module, iterations: int = 50) -> None:
         model: normalised by ``torch.nn.utils.parametrizations.spectral_norm``; training mode and weights stay.
         iterations: power iterations.
     """
-    norms = {id(norm) for norm in _norms(model)}
+    norms = {id(norm): norm for norm in _norms(model)}
     for module in model.modules():
-        if isinstance(module, parametrize.ParametrizationList) and any(id(norm) in norms for norm in module):
-            for norm in module:
-                before = norm.training
+        if isinstance(module, parametrize.ParametrizationList):
+            own = [(norms[id(each)], each.training) for each in module if id(each) in norms]
+            for norm, _ in own:
                 norm.train()
-                for _ in range(iterations):
-                    norm(module.original)
-                norm.train(before)
+            for _ in range(iterations if own else 0):
+                module()
+            for norm, training in own:
+                norm.train(training)
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from distopt.errors import SettingError
+
 
 @torch.no_grad()
 def measure_statistics(model: nn.Module, draw: Callable[[], object], passes: int = 100) -> nn.Module:
@@ -20,10 +22,13 @@ def measure_statistics(model: nn.Module, draw: Callable[[], object], passes: int
     Args:
         model: any with batch norms that track statistics; without, it is just put in eval mode.
         draw: runs the model once, on the noise that it will be sampled with.
-        passes: how often.
+        passes: how often, at least 1.
 
     Returns:
         ``model``.
+
+    Raises:
+        SettingError: there are no passes, or they meet no batch norm: statistics would be none.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))
@@ -34,6 +39,8 @@ def measure_statistics(model: nn.Module, draw: Callable[[], object], passes: int
 
     Source: Brock et al. 2019 (arXiv:1809.11096), appendix C.
     """
+    if passes < 1:
+        raise SettingError("passes", passes, "at least 1")
     model.eval()
     norms = [(m, m.momentum) for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm, _ in norms:
@@ -47,4 +54,6 @@ def measure_statistics(model: nn.Module, draw: Callable[[], object], passes: int
         for norm, momentum in norms:
             norm.momentum = momentum
             norm.eval()
+    if norms and all(norm.num_batches_tracked == 0 for norm, _ in norms):
+        raise SettingError("draw", "a function that meets no batch norm of the model", "one that runs the model")
     return model

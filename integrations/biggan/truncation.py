@@ -41,7 +41,7 @@ def truncated_normal(
 
     Source: Brock et al. 2019 (arXiv:1809.11096), section 3.1.
     """
-    if threshold is not None and not threshold >= LEAST:
+    if threshold is not None and (not isinstance(threshold, int | float) or not threshold >= LEAST):
         raise SettingError("threshold", threshold, f"None or a number of at least {LEAST}")
     noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
     if threshold is None:

@@ -38,6 +38,8 @@ def test_a_young_run_is_not_judged():
 def test_a_value_that_is_not_finite_is_alarming_at_any_time():
     assert len(_read(CollapseAlarm(), [1.0, math.nan])) == 1
     assert len(_read(CollapseAlarm(), [1.0, math.inf])) == 1
+    (warned,) = _read(CollapseAlarm(), [1.0, math.nan])
+    assert str(warned) == "step 1: the largest singular value of w is not finite"
 
 
 def test_a_weight_that_starts_at_zero_is_no_error():
@@ -53,7 +55,7 @@ def test_it_goes_on_after_a_restart():
     assert _read(second, [2.0], first=11) == expected != []
 
 
-@pytest.mark.parametrize("setting", [{"times": 1}, {"least": 0}, {"window": 0}])
+@pytest.mark.parametrize("setting", [{"times": 1}, {"least": 0}, {"window": 0}, {"window": 2.5}])
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(SettingError, match=f"CollapseAlarm.{next(iter(setting))} is"):
         CollapseAlarm(**setting)

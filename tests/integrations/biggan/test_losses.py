@@ -39,6 +39,20 @@ def test_another_reduction_is_refused():
         generator_hinge(torch.zeros(1), "avg")
 
 
+def test_scores_of_other_shapes_are_not_broadcast():
+    """``(n,)`` against ``(n, 1)`` would be n^2 pairs, whose sum is n times too large."""
+    with pytest.raises(SettingError, match=r"fake is \(4, 1\), but must be scores of the shape of real, \(4,\)"):
+        discriminator_hinge(torch.zeros(4), torch.zeros(4, 1), "sum")
+
+
+def test_a_penalty_without_a_gradient_is_refused():
+    with pytest.raises(SettingError, match="real is 'without gradient', but must be what required gradients"):
+        gradient_penalty(nn.Linear(2, 1)(torch.zeros(3, 2)), torch.zeros(3, 2))
+    real = torch.zeros(3, 2, requires_grad=True)
+    with pytest.raises(SettingError, match="real is 'without gradient'"):
+        gradient_penalty(torch.zeros(3), real)
+
+
 @given(st.integers(1, 6), st.integers(1, 5), st.floats(0.01, 100), st.integers(0, 1000))
 def test_the_penalty_of_a_linear_discriminator_is_half_gamma_its_squared_weight(rows, width, gamma, seed):
     torch.manual_seed(seed)

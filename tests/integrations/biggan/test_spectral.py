@@ -2,9 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from distopt.integrations.biggan.spectral import held, normalise, settle, weights
 from torch import nn
+from torch.nn.utils import parametrizations
+
+from distopt.errors import SettingError
 
 
 def _model():
@@ -83,3 +87,31 @@ def test_normalising_twice_is_normalising_once():
     normalise(model)
     assert [name for name, _ in model.named_parameters()] == names
     assert [name for name, _ in weights(model)] == ["0.weight", "3.weight"]
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(3, 4), nn.Conv1d(3, 4, 2), nn.Embedding(3, 4), nn.ConvTranspose1d(3, 4, 2),
+              nn.ConvTranspose2d(3, 4, 2), nn.ConvTranspose3d(3, 4, 2)],
+)  # fmt: skip
+def test_every_kind_of_layer_is_normalised(layer):
+    """Generators of other people are made of transposed convolutions, whose filters are the second dimension."""
+    settle(normalise(layer), 200)
+    weight = layer.eval().weight.detach()
+    matrix = weight.transpose(0, 1) if isinstance(layer, nn.modules.conv._ConvTransposeNd) else weight
+    assert torch.linalg.matrix_norm(matrix.flatten(1), 2).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_another_parametrisation_does_not_pass_for_this_one():
+    layer = parametrizations.weight_norm(nn.Linear(5, 4))
+    with torch.no_grad():
+        layer.parametrizations.weight.original1.mul_(10)
+    normalise(layer)
+    settle(layer, 100)
+    layer.eval()
+    assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_older_normalisation_is_refused():
+    model = nn.Sequential(nn.ReLU(), nn.utils.spectral_norm(nn.Linear(3, 3)))
+    with pytest.raises(SettingError, match=r"the normalisation of 1 is 'one of torch\.nn\.utils', but must be one of"):
+        normalise(model)

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from distopt.errors import SettingError
+
 
 @given(st.integers(1, 6), st.integers(2, 7), st.integers(0, 1000))
 def test_statistics_are_the_means_over_passes(passes, rows, seed):
@@ -43,3 +45,14 @@ def test_a_model_that_fails_is_left_in_order():
         measure_statistics(model, lambda: model(torch.zeros(1, 3, 2, 2)), 1)
     assert model[0].momentum == 0.1
     assert not model[0].training
+
+
+def test_statistics_of_nothing_are_refused():
+    """Means of no batch would be 0 and 1, without a word."""
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model[0].running_mean.fill_(5.0)
+    with pytest.raises(SettingError, match="passes is 0, but must be at least 1"):
+        measure_statistics(model, lambda: model(torch.zeros(2, 3)), 0)
+    assert (model[0].running_mean == 5).all()
+    with pytest.raises(SettingError, match="draw is 'a function that meets no batch norm of the model'"):
+        measure_statistics(model, lambda: None, 2)

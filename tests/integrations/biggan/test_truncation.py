@@ -42,7 +42,7 @@ def test_no_mass_on_the_threshold_and_the_right_shape_inside():
     assert (noise.abs() < 0.5).double().mean().item() == pytest.approx(expected, abs=0.005)
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0, 0.001, math.nan])
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 0.001, math.nan, "1"])
 def test_too_small_a_threshold_is_refused(threshold):
     with pytest.raises(SettingError, match=r"threshold is .*, but must be None or a number of at least 0\.01"):
         truncated_normal(3, threshold=threshold)
