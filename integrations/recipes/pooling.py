@@ -16,7 +16,6 @@ and gradient.
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from torch.nn import functional
 
 from distopt.errors import SettingError
 
+from .clamping import clamped
 from .logspace import log1mexp, log_expm1, log_softplus, masked_logmeanexp, masked_logsumexp
 from .masks import check_count, checked_mask
 
@@ -86,11 +86,13 @@ class NoisyAnd(Pooling):
         if not 0 <= start <= 1:
             raise SettingError("NoisyAnd.start", start, "a number from 0 to 1")
         self.slope = slope
-        self.threshold = nn.Parameter(torch.full((classes,), start))
+        self.threshold = nn.Parameter(torch.full((classes,), float(start)))
         """``(C,)``; what is outside of [0, 1] counts as the nearer end, and a gradient that leads further out as 0."""
 
     def pool(self, z: Tensor, mask: Tensor) -> Tensor:
         """See `Pooling.forward`."""
+        if z.shape[-1] != len(self.threshold):
+            raise SettingError("the shape of instances", tuple(z.shape), f"(bags, instances, {len(self.threshold)})")
         a, b = self.slope, self._clamped(z)
         log_m = masked_logmeanexp(functional.logsigmoid(z), mask)
         log_rest = masked_logmeanexp(functional.logsigmoid(-z), mask)
@@ -112,7 +114,7 @@ class NoisyAnd(Pooling):
         return torch.where(tiny, close, log1mexp(-self.slope * kept.exp()))
 
     def _clamped(self, like: Tensor) -> Tensor:
-        return cast(Tensor, cast(Any, _Clamped).apply(self.threshold)).to(like.dtype)
+        return clamped(self.threshold, 0.0, 1.0).to(like.dtype)
 
 
 class NoisyOr(Pooling):
@@ -230,21 +232,6 @@ def pooling(kind: str, classes: int) -> Pooling:
     if kind not in makers:
         raise SettingError("kind", kind, "one of " + ", ".join(KINDS))
     return makers[kind]()
-
-
-class _Clamped(torch.autograd.Function):
-    """Clamps to [0, 1]; a gradient passes from outside as well, but only if a step along it leads back."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        ctx.save_for_backward(value)
-        return value.clamp(0.0, 1.0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (value,), (gradient,) = ctx.saved_tensors, gradients
-        outwards = ((value <= 0) & (gradient > 0)) | ((value >= 1) & (gradient < 0))
-        return gradient.masked_fill(outwards, 0.0)
 
 
 def _log_fall(x: Tensor, log_x: Tensor) -> Tensor:

@@ -6,6 +6,9 @@
 
 A regression of squared errors is the likelihood of a Gaussian, ``L / (2 var) + ln(var) / 2``; a classification that of
 a softmax at temperature ``var``, about ``L / var + ln(var) / 2``. Learned as s = ln(var), both weights stay positive.
+
+The optimum for a loss of exactly 0, which a cross-entropy in float32 reaches, is s = -infinity; on the way there the
+weight would be infinite, and the sum NaN. So s counts as `LEAST` where it is less.
 """
 
 import math
@@ -17,6 +20,10 @@ from torch import Tensor, nn
 
 from distopt.errors import SettingError
 
+from .clamping import clamped
+
+LEAST = -30.0
+"""What s counts as where it is less: the optimum for a loss of 1e-13."""
 KINDS = ("regression", "classification")
 FORMS = ("likelihood", "revised")
 Kind = Literal["regression", "classification"]
@@ -49,8 +56,8 @@ class UncertaintyWeights(nn.Module):
 
     def __init__(self, tasks: Mapping[str, str], *, form: str = "likelihood") -> None:
         super().__init__()
-        if not tasks:
-            raise SettingError("tasks", dict(tasks), "a dictionary with at least one task")
+        if not isinstance(tasks, Mapping) or not tasks:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SettingError("tasks", tasks, "a dictionary with at least one task")
         for name, kind in tasks.items():
             if kind not in KINDS:
                 raise SettingError(f"tasks[{name!r}]", kind, "one of " + ", ".join(KINDS))
@@ -95,11 +102,13 @@ class UncertaintyWeights(nn.Module):
             if given is not None and set(given) != set(self.tasks):
                 raise SettingError(told, list(given), f"of these tasks, {list(self.tasks)}")
         parts: dict[str, Tensor] = {}
+        bounded = clamped(self.log_variances, LEAST)
         for index, (name, kind) in enumerate(self.tasks.items()):
-            if sums[name].dim() != 0:
-                raise SettingError(f"losses[{name!r}]", tuple(sums[name].shape), "one number, of shape ()")
+            if not isinstance(sums[name], Tensor) or sums[name].dim() != 0:
+                told = tuple(sums[name].shape) if isinstance(sums[name], Tensor) else sums[name]
+                raise SettingError(f"losses[{name!r}]", told, "a tensor of one number, of shape ()")
             loss = sums[name] if sums[name].dtype == torch.float64 else sums[name].float()
-            s = self.log_variances[index].to(loss.dtype)
+            s = bounded[index].to(loss.dtype)
             part = self._factor(kind) * torch.exp(-s) * loss
             parts[name] = part + self._price(s) * (1.0 if counts is None else counts[name])
         return parts
@@ -120,15 +129,12 @@ class UncertaintyWeights(nn.Module):
         """
         if set(losses) != set(self.tasks):
             raise SettingError("losses", list(losses), f"of these tasks, {list(self.tasks)}")
-        for name, loss in losses.items():
-            if not (math.isfinite(loss) and loss > 0):
-                raise SettingError(f"losses[{name!r}]", loss, "a finite number above 0")
         best = self.optimum(losses)
         self.log_variances.copy_(torch.tensor([best[name] for name in self.tasks]))
 
     def weights(self) -> dict[str, float]:
         """What each task's loss is multiplied by now."""
-        values = torch.exp(-self.log_variances.detach()).tolist()
+        values = torch.exp(-self.log_variances.detach().clamp_min(LEAST)).tolist()
         return {
             name: self._factor(kind) * value for (name, kind), value in zip(self.tasks.items(), values, strict=True)
         }
@@ -136,11 +142,22 @@ class UncertaintyWeights(nn.Module):
     def optimum(self, losses: Mapping[str, float]) -> dict[str, float]:
         """The s at which the sum is smallest while the losses stay as they are, all above 0.
 
+        Args:
+            losses: means by task; not all tasks need be there.
+
+        Raises:
+            SettingError: another task than the module's, or a loss that is not above 0 and finite.
+
         Example:
             >>> weights = UncertaintyWeights({"depth": "regression", "class": "classification"})
             >>> {name: round(s, 4) for name, s in weights.optimum({"depth": 0.25, "class": 2.0}).items()}
             {'depth': -1.3863, 'class': 1.3863}
         """
+        for name, loss in losses.items():
+            if name not in self.tasks:
+                raise SettingError("losses", list(losses), f"of these tasks, {list(self.tasks)}")
+            if not (math.isfinite(loss) and loss > 0):
+                raise SettingError(f"losses[{name!r}]", loss, "a finite number above 0")
         return {name: math.log(self._variance(self.tasks[name], loss)) for name, loss in losses.items()}
 
     def _variance(self, kind: str, loss: float) -> float:

@@ -140,6 +140,13 @@ def test_the_gradient_of_the_threshold_is_that_of_the_formula(b, z):
     assert made.threshold.grad.item() == pytest.approx(threshold.grad.item(), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_start_may_be_a_whole_number(start):
+    made = NoisyAnd(2, start=start)
+    assert made.threshold.dtype == torch.float32
+    assert made.threshold.tolist() == [start, start]
+
+
 @pytest.mark.parametrize(
     ("at", "gradient", "kept"), [(1.2, -1.0, 0.0), (1.2, 1.0, 1.0), (-0.1, 1.0, 0.0), (-0.1, -1.0, -1.0)]
 )
@@ -260,6 +267,7 @@ def test_the_learned_threshold_recovers_a_planted_fraction(planted):
     (lambda: NoisyAnd(0), "NoisyAnd.classes is 0"),
     (lambda: NoisyAnd(1, slope=0.0), "NoisyAnd.slope is 0.0"),
     (lambda: NoisyAnd(1, start=1.5), "NoisyAnd.start is 1.5"),
+    (lambda: NoisyAnd(3)(torch.zeros(2, 4, 1)), r"the shape of instances is \(2, 4, 1\), but must be \(bags, instances, 3\)"),
     (lambda: LogSumExp(sharpness=math.nan), "LogSumExp.sharpness is nan"),
     (lambda: AttentionPooling(0, 1), "AttentionPooling.features is 0"),
     (lambda: pad_bags([torch.ones(2, 1), torch.ones(0, 1)]), r"bags is \[2, 0\]"),

@@ -96,6 +96,41 @@ def test_training_finds_the_optimum(kind, loss, form):
     assert made.log_variances.item() == pytest.approx(made.optimum({"a": loss})["a"], abs=1e-3)
 
 
+def test_a_task_without_any_loss_left_does_no_harm():
+    """A cross-entropy in float32 is exactly 0 where it is sure: s falls at each step, and 0 times infinity is NaN."""
+    made = UncertaintyWeights(BOTH)
+    optimizer = torch.optim.Adam(parameter_groups(made, weight_decay=0.0, learning_rate=2.0), lr=2.0)
+    model = torch.zeros(1, requires_grad=True)
+    for _ in range(60):
+        optimizer.zero_grad()
+        total = made({"depth": torch.tensor(2.0), "class": (0 * model).sum()})
+        total.backward()
+        optimizer.step()
+    assert total.isfinite()
+    assert made.log_variances.isfinite().all()
+    assert model.grad.isfinite().all()
+    assert -90 < made.log_variances[1] < -29
+    assert made.weights()["class"] < 2e13
+    for _ in range(60):  # and it comes back as soon as there is a loss
+        optimizer.zero_grad()
+        made({"depth": torch.tensor(2.0), "class": torch.tensor(0.5)}).backward()
+        optimizer.step()
+    assert made.log_variances[1] > -20
+
+
+@pytest.mark.parametrize("s", [-1e4, -100.0, 100.0, 1e4])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_log_variance_far_off_is_led_back(form, s):
+    made = UncertaintyWeights({"a": "regression"}, form=form)
+    made.log_variances.data.fill_(s)
+    total = made({"a": torch.tensor(4.0)})
+    total.backward()
+    assert total.isfinite()
+    assert made.log_variances.grad.isfinite().all()
+    assert made.log_variances.grad.item() * s > 0
+    assert math.isfinite(made.weights()["a"])
+
+
 @given(depth=losses, label=losses, scale=st.floats(1e-3, 1e3))
 def test_rescaling_a_loss_shifts_the_best_total_by_a_constant(depth, label, scale):
     """So the unit of a task does not matter once s has followed it: its gradients are those of ln(L) / 2."""
@@ -225,6 +260,10 @@ def test_log_variances_do_not_decay_and_may_have_a_rate_of_their_own():
     (lambda: UncertaintyWeights(BOTH, form="squared"), "form is 'squared', but must be one of likelihood, revised"),
     (lambda: UncertaintyWeights(BOTH)({"depth": torch.tensor(1.0)}), r"losses is \['depth'\], but must be of these tasks"),
     (lambda: UncertaintyWeights({"a": "regression"})({"a": torch.ones(3)}), r"losses\['a'\] is \(3,\)"),
+    (lambda: UncertaintyWeights({"a": "regression"})({"a": 3.0}), r"losses\['a'\] is 3.0, but must be a tensor of one number"),
+    (lambda: UncertaintyWeights(["a"]), r"tasks is \['a'\], but must be a dictionary"),
+    (lambda: UncertaintyWeights(BOTH).optimum({"depth": 0.0}), r"losses\['depth'\] is 0.0, but must be a finite number"),
+    (lambda: UncertaintyWeights(BOTH).optimum({"a": 1.0}), r"losses is \['a'\], but must be of these tasks"),
     (lambda: UncertaintyWeights({"a": "regression"}).terms({"a": torch.tensor(1.0)}, {"b": 1}), "counts is"),
     (lambda: parameter_groups(nn.Linear(2, 2), weight_decay=0.1), "modules is .*but must be modules with Uncertainty"),
 ])  # fmt: skip
