@@ -17,6 +17,8 @@ def add_fields(
 ) -> None:
     """A flag for every field, by the name that it has in a TOML file; `chosen` reads what it is given.
 
+    Dashes in place of the underscores of a name are taken too.
+
     Args:
         parser: gets the flags.
         kind: the settings.
@@ -37,6 +39,9 @@ def add_fields(
             told = f" (default: {default})"
             meaning = field.metadata.get("meaning", "") + told
             parser.add_argument(*flags, dest=name, metavar="X", help=meaning.strip().replace("%", "%%"))
+            if dashed := [flag.replace("_", "-") for flag in flags if "_" in flag]:
+                # What other commands call it: taken, and not shown a second time.
+                parser.add_argument(*dashed, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def chosen(parsed: argparse.Namespace, kind: type, also: Mapping[str, str] | None = None) -> dict[str, Any]:
