@@ -4,6 +4,10 @@ The chosen code is ``q = lambda R z`` with the rotation R that turns z's directi
 Forward is q itself; backward takes lambda and R as constants, so the encoder gets ``lambda R^T g``: the angle between
 gradient and q becomes the angle between gradient and z.
 
+It takes codes that keep up with the encoder, such as running means of decay 0.8, which the authors' code has for their
+table 1. A code that lags behind is in another direction than its vectors: each is then handed a gradient turned far, by
+another angle, and they are driven together, which loses codes (measured in the page on tokenizers).
+
 Source: Fifty et al. 2024 (arXiv:2410.06424), section 4; R is a product of two Householder reflections.
 """
 

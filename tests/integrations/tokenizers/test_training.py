@@ -142,3 +142,15 @@ def test_simvq_uses_more_codes_than_a_plain_codebook():
         settings = TrainSettings(bottleneck=name, codes=256, width=8, hidden=32, steps=120, batch=16, start=False)
         used[name] = judge(training.train(settings, None), DrawnScenes(), n=256)["used"]
     assert used["simvq"] > 1.3 * used["vq"], used
+
+
+def test_rotation_uses_more_codes_where_they_follow_the_encoder_and_fewer_where_they_do_not():
+    """The paper's gain, at the decay of its authors' code, and what becomes of it at a slower one."""
+    used = {}
+    for decay in (0.8, 0.99):
+        for rotation in ("false", "true"):
+            options = f"decay = {decay}, dead = 0.0, rotation = {rotation}"
+            settings = TrainSettings(bottleneck="ema", codes=128, width=8, hidden=32, steps=100, options=options)
+            used[decay, rotation] = judge(training.train(settings, None), DrawnScenes(), n=128)["used"]
+    assert used[0.8, "true"] > 1.1 * used[0.8, "false"], used
+    assert used[0.99, "true"] < 0.9 * used[0.99, "false"], used
