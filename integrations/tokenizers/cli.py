@@ -15,7 +15,7 @@ from .sweeps import compared, curve, sizes_of
 COMMAND = launch.Command("distopt-tokenizers", "distopt.integrations.tokenizers")
 _SWEPT = ("bottleneck", "options", "start")
 """Fields that a sweep sets itself."""
-_COMPARED: Mapping[str, Any] = {"steps": 700, "save_every": 0}
+_COMPARED: Mapping[str, Any] = {"steps": 3000, "save_every": 0}
 _CURVED: Mapping[str, Any] = {"steps": 3000, "width": 32, "data": "photos", "save_every": 0}
 """Defaults of the sweeps, where they differ from those of one run."""
 _EXAMPLES = """examples:

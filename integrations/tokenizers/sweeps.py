@@ -39,6 +39,7 @@ COMPARED: Mapping[str, Mapping[str, Any]] = {
     "vq-started": {"bottleneck": "vq"},
     "vq-rotation": {"bottleneck": "vq", "options": "rotation = true"},
     "ema": {"bottleneck": "ema"},
+    "ema-rotation": {"bottleneck": "ema", "options": "rotation = true, decay = 0.8, dead = 0.0"},
     "simvq": {"bottleneck": "simvq"},
     "simvq-rotation": {"bottleneck": "simvq", "options": "rotation = true"},
     "simvq-diagonal": {"bottleneck": "simvq", "options": "diagonal = true"},
@@ -48,6 +49,7 @@ COMPARED: Mapping[str, Mapping[str, Any]] = {
 """The rows of ``compare``, and what each sets. Codes start from data where the kind can, but for "vq".
 
 A relaxed categorical loses its codes at the others' learning rate: its logits follow every step of the encoder at once.
+The rotation trick of "ema-rotation" has the decay of its authors, and no codes replaced, as there.
 """
 
 
