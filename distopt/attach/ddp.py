@@ -9,6 +9,7 @@ be sound.
 
 import dataclasses
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -64,10 +65,11 @@ class DDPAttachment:
     def __init__(self, model: DistributedDataParallel, engine: Engine) -> None:
         self._names = {id(parameter): plain_name(name) for name, parameter in model.module.named_parameters()}
         self._engine = engine
-        self._model = model
+        # DDP's reducer keeps the hook, where no garbage collector sees it: a model held here would never be freed.
+        self._model = weakref.ref(model)
         self._forwards = 0
         model.register_forward_pre_hook(self._count_forward)
-        self._watch_forward()
+        self._watch_forward(model)
         self._worker = Worker("distopt-ddp")
         self._lanes = Lanes()
         self._step: _Step | None = None
@@ -151,12 +153,12 @@ class DDPAttachment:
         """Count forward passes from here on: the ranks have agreed beforehand on those since the last step."""
         self._forwards = 0
 
-    def _watch_forward(self) -> None:
+    def _watch_forward(self, ddp: DistributedDataParallel) -> None:
         """Let DDP's own collectives before a forward pass name the rank that died in them, as ours do.
 
         They give all ranks the first one's buffers, and once the order of its buckets.
         """
-        model = cast(Any, self._model)
+        model = cast(Any, ddp)
         begin = model._pre_forward
 
         def watched(*inputs: Any, **kwargs: Any) -> Any:
@@ -175,7 +177,8 @@ class DDPAttachment:
 
     @property
     def _joining(self) -> bool:
-        return bool(self._model._join_config.enable)  # pyright: ignore[reportPrivateUsage]
+        model = cast(Any, self._model())
+        return model is not None and bool(model._join_config.enable)
 
     def _raise(self) -> None:
         """Raise what went wrong in this backward pass: DDP, which asks next, would make a RuntimeError of it."""
@@ -245,7 +248,7 @@ class DDPAttachment:
             original.copy_(copy)
         if not taken:
             spoil(buffer for _, buffer in step.waiting)
-        elif self._engine.joined > 0 and not getattr(self._model, "_divide_by_initial_world_size", True):
+        elif self._engine.joined > 0 and not getattr(self._model(), "_divide_by_initial_world_size", True):
             world_size = self._engine.communicator.world_size
             for _, buffer in step.waiting:
                 buffer.mul_(world_size / (world_size - self._engine.joined))

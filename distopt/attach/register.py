@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distopt.attach.accumulating import AccumulatingAttachment, check_fusible
 from distopt.attach.compiled import CompiledDDPAttachment
+from distopt.attach.copies import copy_without
 from distopt.attach.ddp import DDPAttachment
 from distopt.attach.engine import Engine, LossScaler, Watch
 from distopt.attach.exemptions import exempt_names, plain_name
@@ -137,6 +138,8 @@ def _register(
     registration = Registration(engine, attachment)
     if model is not None:
         setattr(model, REGISTRATION, registration)
+    if isinstance(model, DistributedDataParallel):
+        copy_without(model, attachment, REGISTRATION)
     return registration
 
 

@@ -6,13 +6,14 @@ hook does, lets two ranks issue them in different orders, and blocks the very th
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 from torch.profiler import record_function
 
 
 class Worker:
-    """Runs jobs one after the other on a thread of its own, which starts with the first job.
+    """Runs jobs one after the other on a thread of its own, which starts with the first job and ends with the worker.
 
     Jobs must not raise: each hands its outcome, an error included, to whoever waits for it.
 
@@ -29,7 +30,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], object]) -> None:
@@ -38,6 +39,7 @@ class Worker:
             # A daemon: a rank whose peers are gone must be able to exit while its last collective still waits.
             self._thread = threading.Thread(target=_run, args=(self._jobs,), name=self._name, daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._jobs.put, None).atexit = False
         self._jobs.put(job)
 
     def drain(self) -> None:
@@ -49,6 +51,8 @@ class Worker:
                 done.wait()
 
 
-def _run(jobs: "queue.SimpleQueue[Callable[[], object]]") -> None:
-    while True:
-        jobs.get()()
+def _run(jobs: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
+    """Do jobs until there is ``None``, which comes when the worker is gone."""
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # it may be what keeps the worker
