@@ -68,6 +68,9 @@ class DDPAttachment:
         # DDP's reducer keeps the hook, where no garbage collector sees it: a model held here would never be freed.
         self._model = weakref.ref(model)
         self._forwards = 0
+        self._passes = 0
+        self._delayed = self._handed = 0
+        self._count_buckets(model)
         model.register_forward_pre_hook(self._count_forward)
         self._watch_forward(model)
         self._worker = Worker("distopt-ddp")
@@ -76,7 +79,6 @@ class DDPAttachment:
         self._error: Exception | None = None
         self._layout: Sequence[Sequence[str]] = []
         self._cut: dict[int, Bucketful] = {}
-        self._passes = 0
         self._kept: tuple[list[tuple[str, ...]], int] = ([], 0)
 
     def settle(self) -> None:
@@ -112,7 +114,7 @@ class DDPAttachment:
         bucketful = self._bucketful(bucket, buffer)
         lane = self._lanes.of(buffer.device)
         ready = lane.mark()
-        first, last = bucket.index() == 0, bucket.is_last()
+        first, last = self._first_and_last(bucket)
         # Outside of a backward pass it is ``Join`` that calls, for a rank that has run out of inputs.
         in_backward = torch._C._current_graph_task_id() >= 0  # pyright: ignore
         forwards = self._forwards if in_backward else 0
@@ -134,6 +136,21 @@ class DDPAttachment:
 
         self._worker.submit(job)
         return future
+
+    def _first_and_last(self, bucket: Any) -> tuple[bool, bool]:
+        """Whether a bucket is the first of its backward pass, and whether it is the last.
+
+        With ``static_graph`` DDP hands over all buckets of its first pass when that is over, each as number 0.
+        """
+        if self._passes > 0 or self._delayed < 2 or bucket.index() > 0:
+            return bucket.index() == 0, bucket.is_last()
+        self._handed += 1
+        return self._handed == 1, self._handed == self._delayed
+
+    def _count_buckets(self, model: DistributedDataParallel) -> None:
+        """Note how many buckets DDP may hand over at once; it tells outside of its backward pass only."""
+        if model.static_graph and self._passes == 0 and self._delayed == 0:
+            self._delayed = len(model.reducer._get_zeros_like_grad_buckets())
 
     def _bucketful(self, bucket: Any, buffer: Tensor) -> Bucketful:
         """The gradients of a bucket: those of the step before, if they lie in the same memory."""
@@ -174,6 +191,7 @@ class DDPAttachment:
     def _count_forward(self, model: nn.Module, inputs: object) -> None:
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._forwards += 1
+            self._count_buckets(cast(DistributedDataParallel, model))
 
     @property
     def _joining(self) -> bool:

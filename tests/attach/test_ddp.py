@@ -350,6 +350,40 @@ def test_registering_after_training_has_begun():
     assert run_ranks(2, late_job) == [(True, 3)] * 2
 
 
+class TwoKinds(nn.Module):
+    """Parameters of two dtypes, which DDP puts into different buckets, however large these may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = mlp(2), mlp(2, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.wide(self.narrow(x).double())
+
+
+def static_graph_job(rank):
+    outcome, registrations = [], []
+    for kind, late in ((TwoKinds, False), (mlp, True)):
+        seen = []
+        for reducer in (distopt.AllReduce(), None):
+            model = wrap(kind(), static_graph=not late)
+            registrations += [distopt.register(model, reducer)] if reducer else []
+            if late:
+                model._set_static_graph()
+            seen.append([])
+            for step in range(4):
+                model(batch(rank, step)).square().mean().backward()
+                seen[-1].append(gradients(model))
+                model.zero_grad()
+        outcome.append((all(map(same, *seen)), registrations[-1].stats().steps))
+    return outcome
+
+
+def test_a_static_graph_of_several_buckets_in_its_first_step():
+    """DDP hands them over when that is over, all of them as the first, and none as the last."""
+    assert run_ranks(2, static_graph_job) == [[(True, 4)] * 2] * 2
+
+
 def subgroup_job(rank):
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     model = DDP(mlp(), process_group=pairs[rank // 2])
