@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distopt.attach.engine import Engine, Tally
+from distopt.attach.forms import check_form, check_numbers
 from distopt.attach.shards import Shards
 from distopt.errors import StateError
 from distopt.numerics.storage import Packed, Stored, pack, unpack
@@ -192,6 +193,7 @@ def check_state(state: Mapping[str, Any], engine: Engine) -> None:
         raise StateError(f"not the state of a registration: {', '.join(sorted(missing))} is missing")
     if state["format"] != FORMAT:
         raise StateError(f"format is {state['format']!r}, but must be {FORMAT}")
+    check_form(state)
     here = repr(engine.reducer)
     if state["reducer"].partition("(")[0] != here.partition("(")[0]:
         raise StateError(f"the state is of the reducer {state['reducer']}, but {here} is registered")
@@ -230,6 +232,7 @@ def _check_shapes(kind: str, tensors: Mapping[str, Tensor], known: Mapping[str, 
             raise StateError(
                 f"the state is of another model or reducer: the {kind} of {name!r} has shape {there} there, {kept}"
             )
+        check_numbers(f"the {kind} of {name!r}", tensor)
 
 
 def _kept_as(example: Stored | None, value: Tensor) -> Stored:

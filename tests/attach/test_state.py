@@ -197,6 +197,33 @@ def test_a_foreign_state_is_refused_and_nothing_changes():
     assert same(registration.state_dict()["residuals"], good["residuals"])
 
 
+NAN = torch.full((48, 48), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("reducer", 3, "the state's reducer is 3, but must be a text"),
+        ("step", -1, "the state's step is -1, but must be an integer of at least 0"),
+        ("step", True, "the state's step is True"),
+        ("layout", None, "the state's layout is None, but must be lists of parameter names"),
+        ("layout", [1], r"the state's layout is \[1\]"),
+        ("tally", {}, r"the state's tally is {}, but must be integers for steps, skipped_steps, bytes_"),
+        ("residuals", None, "the state's residuals is None, but must be tensors by parameter name"),
+        ("residuals", {"0.weight": 3}, "the state's residuals is {'0.weight': 3}"),
+        ("residuals", {"0.weight": NAN}, "the residual of '0.weight' holds NaN or infinity: the state is damaged"),
+        ("residuals", {"0.weight": NAN.bool()}, r"the residual of '0.weight' is of dtype torch.bool, but must be floa"),
+        ("factors", [1], r"the state's factors is \[1\], but must be tensors by parameter name"),
+        ("factors", {"0.weight": NAN[:, :2]}, "the factor of '0.weight' holds NaN or infinity"),
+    ],
+)
+def test_a_damaged_state_is_refused_and_nothing_changes(lone_registration, field, value, message):
+    good = lone_registration.state_dict()
+    with pytest.raises(distopt.StateError, match=message):
+        lone_registration.load_state_dict({**good, field: value})
+    assert same(lone_registration.state_dict()["residuals"], good["residuals"])
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_factor_of_another_rank_is_refused():
     model = DDP(mlp(2))
