@@ -81,18 +81,34 @@ def flops(field: str, value: float | str) -> float:
 
 
 def _read(field: str, value: float | str, units: Mapping[str, Fraction], allowed: str) -> float:
-    if isinstance(value, str):
-        found = _NUMBER.fullmatch(value)
-        if found is None or found[2] not in units:
-            raise SettingError(field, value, allowed)
-        number = math.inf if found[1] == "inf" else float(Fraction(found[1]) * units[found[2]])
-    else:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SettingError(field, value, allowed)
-        number = float(value)
+    try:
+        if isinstance(value, str):
+            found = _NUMBER.fullmatch(value)
+            if found is None or found[2] not in units:
+                raise SettingError(field, value, allowed)
+            number = _times(found[1], units[found[2]])
+        else:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise SettingError(field, value, allowed)
+            number = float(value)
+    except OverflowError:
+        raise SettingError(field, value, allowed) from None
     if math.isnan(number):
         raise SettingError(field, value, allowed)
     return number
+
+
+def _times(text: str, factor: Fraction) -> float:
+    """A number in a unit, rounded once.
+
+    Raises:
+        OverflowError: if it is beyond the range of a float.
+    """
+    near = float(text)
+    if math.isinf(near) and text != "inf":
+        raise OverflowError
+    # As a fraction, ten to the power of a great exponent would take all memory.
+    return near if math.isinf(near) or near == 0 else float(Fraction(text) * factor)
 
 
 def in_words(time: float) -> str:

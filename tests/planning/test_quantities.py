@@ -39,7 +39,11 @@ def test_eight_bits_are_a_byte(count):
     assert bytes_per_second("b", f"{count}Mbit") * 8 == pytest.approx(bytes_per_second("b", f"{count}MB"))
 
 
-@pytest.mark.parametrize("text", ["", "fast", "10gb", "-1GB", "0", "1GB 2", "nan", True, None, math.nan, -1.0])
+BEYOND = ["1e400Gbit", "1e300TB", "1e999999999GB", "1e-999999999GB", 10**400]
+"""Beyond the range of a float, the last ones so far that they may not even be formed as fractions."""
+
+
+@pytest.mark.parametrize("text", ["", "fast", "10gb", "-1GB", "0", "1GB 2", "nan", True, None, math.nan, -1.0, *BEYOND])
 def test_what_is_no_rate(text):
     with pytest.raises(SettingError, match=r"^bandwidth is "):
         bytes_per_second("bandwidth", text)
