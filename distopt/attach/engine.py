@@ -4,7 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from distopt.numerics.storage import tensors_of
 from distopt.reducers.allreduce import AllReducePlan
 from distopt.reducers.memory import times
 from distopt.reducers.reducer import Bucket, Figures, Place, Plan, Reducer, Slot, State
-from distopt.reducers.settings import is_number
+from distopt.reducers.settings import is_integer, is_number
 
 
 class LossScaler(Protocol):
@@ -59,11 +59,12 @@ class Watch:
     residual_bound: float = 100.0
 
     def __post_init__(self) -> None:
-        if self.check_replicas_every < 0:
-            raise SettingError("check_replicas_every", self.check_replicas_every, "an integer of at least 0")
-        if self.every < 0:
-            raise SettingError("measure_every", self.every, "an integer of at least 0")
-        if not self.residual_bound > 0:
+        if not isinstance(cast(object, self.agreement), bool):
+            raise SettingError("agreement", self.agreement, "True or False")
+        for field, steps in (("check_replicas_every", self.check_replicas_every), ("measure_every", self.every)):
+            if not is_integer(steps) or steps < 0:
+                raise SettingError(field, steps, "an integer of at least 0")
+        if not is_number(self.residual_bound) or not self.residual_bound > 0:
             raise SettingError("residual_bound", self.residual_bound, "a number above 0")
 
 

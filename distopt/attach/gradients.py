@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distopt.attach.engine import Engine
 from distopt.attach.exemptions import is_exempt_by_name, plain_name
@@ -89,8 +90,11 @@ def slots_of(parameters: Iterable[object]) -> list[Slot]:
         parameters: ``model.named_parameters()``, or a list of parameters.
 
     Raises:
-        RegistrationError: if there is anything else in it, nothing at all, or a name or a parameter twice.
+        RegistrationError: if there is anything else in it, nothing at all, or a name or a parameter twice; if a
+            parameter is computed from others, or has no shape yet.
     """
+    if isinstance(parameters, Tensor):
+        raise RegistrationError("register needs a list of parameters, but was given one tensor: put it into a list")
     slots: list[Slot] = []
     for index, item in enumerate(parameters):
         name, parameter = cast(tuple[Any, Any], item) if isinstance(item, tuple) else (str(index), item)
@@ -99,6 +103,10 @@ def slots_of(parameters: Iterable[object]) -> list[Slot]:
                 f"item {index} is a {type(item).__name__}, but must be a parameter or (name, parameter)"
             )
         name = plain_name(name)
+        if not parameter.is_leaf:
+            raise RegistrationError(f"{name!r} is computed from others: it has no gradient of its own to reduce")
+        if is_lazy(parameter):
+            raise RegistrationError(f"{name!r} has no shape yet: let the model compute something first")
         exempt = is_exempt_by_name(name) or sum(side > 1 for side in parameter.shape) < 2
         slots.append(Slot(name, cast(nn.Parameter, parameter), exempt=exempt))
     if not slots:

@@ -106,6 +106,10 @@ def register(
     if not isinstance(cast(object, reducer), Reducer):
         raise SettingError("reducer", reducer, "a reducer such as distopt.PowerSGD(rank=4)")
     watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
+    if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
+        raise SettingError("grad_scaler", grad_scaler, "None or what has get_scale(), as a torch.amp.GradScaler")
+    if timeout is not None and (not isinstance(cast(object, timeout), timedelta) or timeout <= timedelta(0)):
+        raise SettingError("timeout", timeout, "None or a datetime.timedelta above 0")
     return _register(model_or_parameters, reducer, watch, process_group, grad_scaler, accumulate, timeout)
 
 
@@ -132,9 +136,10 @@ def _register(
         if model is not None:
             raise RegistrationError("accumulate=True is for lists of parameters: DDP reduces its gradients in backward")
         check_fusible(reducer, group.size())
+    # Nothing is done to the model before the ranks agree: it can be registered again if they do not.
+    engine.connect(Communicator(group, timeout=timeout))
     listed = AccumulatingAttachment if accumulate else GradientsAttachment
     attachment = listed(engine) if model is None else _attachment_of(model, engine)
-    engine.connect(Communicator(group, timeout=timeout))
     registration = Registration(engine, attachment)
     if model is not None:
         setattr(model, REGISTRATION, registration)
@@ -205,11 +210,15 @@ def _attachment_of(model: nn.Module, engine: Engine) -> Attachment:
             raise
         # HACK: DDP lists the hook before it refuses it, and its compiled form would call it.
         model._comm_hooks.pop()  # pyright: ignore[reportPrivateUsage]
-        raise RegistrationError(
-            "the model has a communication hook already (or DDP's mixed_precision, which is one), "
-            "and DDP takes one for life: register on a newly wrapped model"
-        ) from None
+        raise _hooked() from None
     return attachment
+
+
+def _hooked() -> RegistrationError:
+    return RegistrationError(
+        "the model has a communication hook already (or DDP's mixed_precision, which is one), "
+        "and DDP takes one for life: register on a newly wrapped model"
+    )
 
 
 def _check(model: nn.Module) -> None:
@@ -218,6 +227,8 @@ def _check(model: nn.Module) -> None:
         raise RegistrationError(
             f"the model is registered already, with {earlier.reducer!r}: set_reducer on its registration changes it"
         )
+    if getattr(model, "_comm_hooks", None):
+        raise _hooked()
     refuse_sparse(cast(Any, model).module)
 
 

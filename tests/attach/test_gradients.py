@@ -212,8 +212,11 @@ def test_nothing_to_reduce_is_a_step():
         ([3], "item 0 is a int, but must be a parameter or"),
         ([("a", nn.Parameter(torch.ones(2))), ("a", nn.Parameter(torch.ones(2)))], "'a' is there twice"),
         ([("a", p := nn.Parameter(torch.ones(2))), ("b", p)], "'a' is there twice"),
+        (nn.Parameter(torch.ones(2)), "needs a list of parameters, but was given one tensor"),
+        ([nn.Parameter(torch.ones(2)) * 2], "'0' is computed from others: it has no gradient of its own"),
+        (nn.LazyLinear(2).named_parameters(), "'weight' has no shape yet"),
     ],
-    ids=["none", "numbers", "name", "parameter"],
+    ids=["none", "numbers", "name", "parameter", "tensor", "product", "lazy"],
 )
 def test_what_is_no_list_of_parameters(parameters, message):
     with pytest.raises(distopt.RegistrationError, match=message):

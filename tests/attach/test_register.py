@@ -1,5 +1,9 @@
 """Registering where it cannot work: one clear line each, and nothing done."""
 
+import math
+import re
+from datetime import timedelta
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +40,26 @@ def test_something_that_is_no_reducer():
     for wrong in (4, "powersgd", distopt.PowerSGD):
         with pytest.raises(distopt.SettingError, match=r"reducer is .*, but must be a reducer such as"):
             distopt.register(DDP(nn.Linear(2, 2)), wrong)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("field", "values", "allowed"),
+    [
+        ("check_replicas_every", ("x", 1.5, True, None, -1), "an integer of at least 0"),
+        ("measure_every", ("x", 0.5, -1), "an integer of at least 0"),
+        ("residual_bound", ("x", math.nan, 0), "a number above 0"),
+        ("agreement", ("no", None), "True or False"),
+        ("grad_scaler", (3, 65536.0), "None or what has get_scale"),
+        ("timeout", (5, timedelta(0), timedelta(seconds=-1)), "None or a datetime.timedelta above 0"),
+    ],
+)
+def test_settings_are_refused_by_name_and_nothing_is_done(field, values, allowed):
+    model = DDP(nn.Linear(2, 2))
+    for value in values:
+        with pytest.raises(distopt.SettingError, match=f"^{field} is {re.escape(repr(value))}, but must be {allowed}"):
+            distopt.register(model, distopt.AllReduce(), **{field: value})
+    distopt.register(model, distopt.AllReduce())
 
 
 @pytest.mark.usefixtures("alone")

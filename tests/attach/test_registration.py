@@ -136,7 +136,10 @@ def test_a_hierarchy_hands_its_factors_over():
 
 def disagreement_job(rank):
     model = wrap(mlp())
-    registration = distopt.register(model, distopt.PowerSGD(rank=2))
+    with pytest.raises(distopt.AgreementError):
+        distopt.register(model, distopt.PowerSGD(rank=2 + rank))
+    one_step(model, rank, 0)
+    registration = distopt.register(model, distopt.PowerSGD(rank=2))  # nothing was done to the model
     one_step(model, rank, 0)
     mine = distopt.PowerSGD(rank=3) if rank == 2 else distopt.TopK(0.1)
     with pytest.raises(
