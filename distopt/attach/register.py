@@ -60,6 +60,10 @@ def register(
     residuals nor factors change: a ``GradScaler``, or any check of the gradient's norm, then skips the same step on
     every rank, and the next one is as if it had not been.
 
+    A copy of a registered model, by ``copy.deepcopy`` or ``torch.save`` of the whole model, is a plain DDP model, which
+    may be registered on its own. A model that nobody holds on to any more is freed with its residuals; the connections
+    of its new group stay open until ``destroy_process_group``.
+
     Args:
         model_or_parameters: a DDP model, compiled or not, before or after its first step; or
             ``model.named_parameters()``, or a list of parameters, which are then called by their place in it. Without
