@@ -28,8 +28,8 @@ def copy_without(model: nn.Module, owner: object, registration: str) -> None:
         left = begin()
         for name in (*OVERRIDDEN, registration):
             left.pop(name, None)
-        hooks = left["_forward_pre_hooks"].items()
-        left["_forward_pre_hooks"] = OrderedDict((key, hook) for key, hook in hooks if not _is_of(hook, owner))
+        hooks = left["_forward_hooks"].items()
+        left["_forward_hooks"] = OrderedDict((key, hook) for key, hook in hooks if not _is_of(hook, owner))
         left["_comm_hooks"] = [pair for pair in left["_comm_hooks"] if not _is_of(pair[0], owner)]
         return left
 

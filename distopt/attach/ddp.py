@@ -71,7 +71,7 @@ class DDPAttachment:
         self._passes = 0
         self._delayed = self._handed = 0
         self._count_buckets(model)
-        model.register_forward_pre_hook(self._count_forward)
+        model.register_forward_hook(self._count_forward)
         self._watch_forward(model)
         self._worker = Worker("distopt-ddp")
         self._lanes = Lanes()
@@ -188,7 +188,8 @@ class DDPAttachment:
 
         model._pre_forward = watched
 
-    def _count_forward(self, model: nn.Module, inputs: object) -> None:
+    def _count_forward(self, model: nn.Module, inputs: object, output: object) -> None:
+        # One that raised is not counted: it may be tried again on its rank alone, with fewer rows for example.
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._forwards += 1
             self._count_buckets(cast(DistributedDataParallel, model))

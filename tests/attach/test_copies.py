@@ -35,11 +35,11 @@ def save_and_load(model):
 @pytest.mark.parametrize("copied", [deep_copy, save_and_load])
 def test_a_copy_is_a_plain_ddp_model_of_its_own(copied):
     model = DDP(nn.Linear(8, 8))
-    model.register_forward_pre_hook(user_hook)
+    model.register_forward_hook(user_hook)
     registration = distopt.register(model, distopt.PowerSGD(rank=1))
     twin = trained(copied(trained(model)))
     assert registration.stats().steps == 1
-    assert list(twin._forward_pre_hooks.values()) == [user_hook]
+    assert list(twin._forward_hooks.values()) == [user_hook]
     assert torch.equal(twin.module.weight, model.module.weight)
     second = distopt.register(twin, distopt.AllReduce())
     trained(twin)
@@ -47,7 +47,7 @@ def test_a_copy_is_a_plain_ddp_model_of_its_own(copied):
     assert (registration.stats().steps, second.stats().steps) == (2, 1)
 
 
-def user_hook(model, inputs):
+def user_hook(model, inputs, output):
     """A hook of the user's."""
 
 

@@ -1,5 +1,7 @@
 """Ranks that do as they should are left alone, whatever they do besides: no false alarm, however long the run."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,9 @@ def healthy_job(rank, steps):
             registration.load_state_dict(registration.state_dict())
         elif place == 15:
             registration.stats(), registration.figures() if rank == 0 else None
+        elif place == 17 and rank == 0:
+            with contextlib.suppress(RuntimeError):  # as where memory runs out
+                model(x[:, :1])
         model(x).square().mean().backward()
         if place != 7:
             optimizer.step()
