@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+# Bytecode is kept, whatever the shell says: the tests start hundreds of processes, which would compile the same files anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Two files of tests at a time: most of them wait for other processes half of the time, and with more of them, on two cores,
 # ranks wait for their turn instead. A timeout ends a process of tests: one that is started again in its place may wait for ever.
