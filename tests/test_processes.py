@@ -1,5 +1,7 @@
-"""The harness itself: it returns by rank, names who failed, and shows the stacks of all ranks when time is up."""
+"""The harness itself: it forks one thread, returns by rank, names who failed, and shows all stacks when time is up."""
 
+import os
+import sys
 import time
 
 import pytest
@@ -19,6 +21,17 @@ def fail_on_one(rank):
 
 def sleep_long(rank):
     time.sleep(60)
+
+
+def lacking(rank):
+    """What the fork server was to load and has not, and how many threads it has."""
+    loaded = sys.modules["tests.preloaded"].SLOW
+    return [name for name in loaded if name not in sys.modules], len(os.listdir(f"/proc/{os.getppid()}/task"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+def test_the_fork_server_has_loaded_everything_and_started_no_thread():
+    assert run_ranks(1, lacking) == [([], 1)]
 
 
 def test_results_by_rank():

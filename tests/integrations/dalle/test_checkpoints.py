@@ -87,7 +87,7 @@ def end_with(told):
     """What a launcher does: whoever does not notice that another rank is dead, for it waits to meet it, is ended."""
     while not os.path.exists(told):
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(1)
     os._exit(1)
 
 
