@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-hypothesis.settings.register_profile("quick", max_examples=12, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("full", max_examples=200, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("DISTOPT_TESTS", "quick"))
 
