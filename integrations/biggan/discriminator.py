@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .deviation import with_deviations
 from .layers import SelfAttention, halved, kernel
 from .sizes import Sizes, check_sizes
 from .spectral import normalise
@@ -66,9 +67,10 @@ class Discriminator(nn.Module):
 
     Args:
         sizes: of the pictures and the networks.
+        group: pictures of which the last block sees how much those of a class differ, see `deviation`; 0 for none.
 
     Raises:
-        SettingError: the sizes do not fit together.
+        SettingError: the sizes do not fit together, or pictures are not whole groups.
 
     Example:
         >>> discriminator = Discriminator(Sizes(classes=6, size=16, width=16))
@@ -78,36 +80,39 @@ class Discriminator(nn.Module):
     Source: Miyato and Koyama 2018 (arXiv:1802.05637), equation 4; Brock et al. 2019 (arXiv:1809.11096), appendix B.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, group: int = 0) -> None:
         super().__init__()
         check_sizes(sizes)
-        self.sizes = sizes
+        self.sizes, self.group = sizes, group
         deep = sizes.kind == "deep"
         self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
         # A deep block keeps the channels that come in, so there a kernel makes more of the picture's three first.
         self.first = kernel(3, sizes.width, 3) if deep else nn.Identity()
         before, side = (sizes.width if deep else 3), sizes.size
+        wider = 2 if group else 1
+        features = sizes.channels(4) * (wider if deep else 1)
         while side > 4:
             after = sizes.channels(side // 2) if deep else sizes.channels(side)
             if deep:
                 self.blocks.append(DeepDiscriminatorBlock(before, after, halves=True))
-                self.blocks.append(DeepDiscriminatorBlock(after, after, halves=False))
+                width = features if side == 8 else after
+                self.blocks.append(DeepDiscriminatorBlock(width, width, halves=False))
             else:
                 self.blocks.append(DiscriminatorBlock(before, after, first=side == sizes.size))
             before, side = after, side // 2
             if side == sizes.attention:
                 self.attention[str(len(self.blocks) - 1)] = SelfAttention(after)
         if not deep:
-            self.blocks.append(DiscriminatorBlock(before, sizes.channels(4), halves=False))
-        self.score = nn.Linear(sizes.channels(4), 1)
-        self.classes = nn.Embedding(sizes.classes, sizes.channels(4))
+            self.blocks.append(DiscriminatorBlock(before * wider, features, halves=False))
+        self.score = nn.Linear(features, 1)
+        self.classes = nn.Embedding(sizes.classes, features)
         normalise(self)
 
     def forward(self, pictures: Tensor, classes: Tensor) -> Tensor:
         """Score pictures.
 
         Args:
-            pictures: ``(n, 3, size, size)`` in [-1, 1].
+            pictures: ``(n, 3, size, size)`` in [-1, 1], n a multiple of the group.
             classes: int64 ``(n,)``.
 
         Returns:
@@ -115,6 +120,8 @@ class Discriminator(nn.Module):
         """
         hidden = self.first(pictures)
         for place, block in enumerate(self.blocks):
+            if self.group and place == len(self.blocks) - 1:
+                hidden = with_deviations(hidden, self.group, classes)
             hidden = block(hidden)
             if str(place) in self.attention:
                 hidden = self.attention[str(place)](hidden)

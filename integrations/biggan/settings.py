@@ -26,6 +26,9 @@ class TrainSettings:
     decay: float = number(0.5, 0.0, 1.0, "part of the steps, at the end, over which both rates fall to 0 in a line")
     orthogonal: float = number(1e-4, 0.0, 1e4, "weight of the generator's orthogonal regularisation")
     gamma: float = number(0.1, 0.0, 1e6, "weight of R1, the penalty on the discriminator's slope at real pictures")
+    group: int = number(
+        0, 0, 65_536, "pictures among which the discriminator sees how much those of a class differ; 0 for none"
+    )
     averaging: float = number(0.995, 0.0, 1 - 1e-9, "decay a step of the averaged generator, which is the one kept")
     kind: str = choice("hierarchical", ("hierarchical", "deep"), "BigGAN, or BigGAN-deep")
     width: int = number(24, 8, 4096, "channels at full resolution, a multiple of 8")
@@ -44,12 +47,14 @@ class TrainSettings:
         check(self)
         if self.judged % len(CLASSES):
             raise SettingError("judged", self.judged, f"a multiple of the {len(CLASSES)} classes")
+        if self.group == 1:
+            raise SettingError("group", self.group, "0 for none, or at least 2: one picture does not differ")
 
     def check_ranks(self, ranks: int) -> None:
-        """Refuse a batch that cannot be divided over the ranks and their micro-batches, or is too small for batch norm.
+        """Refuse a batch that cannot be divided over the ranks and their micro-batches, or these not into groups.
 
         Raises:
-            SettingError: names the batch.
+            SettingError: names the batch, or the group.
 
         Example:
             >>> TrainSettings(batch=30, accumulate=4).check_ranks(2)
@@ -61,6 +66,8 @@ class TrainSettings:
             raise SettingError(
                 "batch", self.batch, f"a multiple of {parts}: {ranks} ranks with {self.accumulate} micro-batches each"
             )
+        if self.group and (self.batch // parts) % self.group:
+            raise SettingError("group", self.group, f"a divisor of the {self.batch // parts} pictures of a micro-batch")
 
     def sizes(self, classes: int = len(CLASSES), size: int = SIZE) -> Sizes:
         """The sizes of the networks, for so many classes and pictures of that side.

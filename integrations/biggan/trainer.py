@@ -79,7 +79,8 @@ class Trainer:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(settings.seed)
             self.generator, self.discriminator = (
-                start_orthogonal(network).to(device) for network in (Generator(self.sizes), Discriminator(self.sizes))
+                start_orthogonal(network).to(device)
+                for network in (Generator(self.sizes), Discriminator(self.sizes, settings.group))
             )
         with torch.no_grad():
             # As long as noise of its width: both enter the same linear layers of norm 1, and a class of length 1 would

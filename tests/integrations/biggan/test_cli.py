@@ -46,6 +46,8 @@ def _refused(capsys, arguments, *words):
         (["train", "--gamma", "much"], ["--gamma is 'much'", "a number"]),
         (["train", "--kind", "wide"], ["--kind is 'wide'", "hierarchical, deep"]),
         (["train", "--batch", "30", "--accumulate", "4"], ["batch is 30", "a multiple of 8"]),
+        (["train", "--group", "1"], ["group is 1", "at least 2"]),
+        (["train", "--group", "24"], ["group is 24", "the 32 pictures of a micro-batch"]),
         (["train", "--batch", "30", "--ranks", "4"], ["batch is 30", "a multiple of 4"]),
         (["train", "--judged", "100"], ["judged is 100", "6 classes"]),
         (["train", "--width", "12"], ["width is 12", "a multiple of 8"]),

@@ -38,7 +38,7 @@ def _differing(first, second):
 
 
 def _two_ranks(rank, folder):
-    trainer = _trainer(accumulate=2, gamma=0.1, rank=2)
+    trainer = _trainer(accumulate=2, gamma=0.1, rank=2, group=2)
     start = _everything(trainer)
     progress = [trainer.step() for _ in range(3)]
     after = _everything(trainer)
@@ -51,7 +51,7 @@ def _two_ranks(rank, folder):
     progress += [trainer.step() for _ in range(2)]
     end = _everything(trainer)
     torch.manual_seed(123)
-    resumed = _trainer(accumulate=2, gamma=0.1, rank=2)
+    resumed = _trainer(accumulate=2, gamma=0.1, rank=2, group=2)
     resumed.load(folder)
     assert resumed.taken == 3
     again = [resumed.step() for _ in range(2)]
@@ -127,12 +127,13 @@ def _freeze_norms(module):
             _freeze_norms(child)
 
 
-def _gradients(accumulate, frozen):
+def _gradients(accumulate, frozen, group=0):
     """Of both networks after one window each, in float64, where the trainer would take its steps."""
     pictures, classes = drawn.everything()
     torch.set_default_dtype(torch.float64)
     try:
-        settings = TrainSettings(**{**SMALL, "batch": 16, "accumulate": accumulate, "gamma": 0.1, "orthogonal": 0.0})
+        window = {"batch": 16, "accumulate": accumulate, "group": group}
+        settings = TrainSettings(**{**SMALL, **window, "gamma": 0.1, "orthogonal": 0.0})
         trainer = Trainer(settings, pictures.double(), classes)
         if frozen:
             torch.manual_seed(3)
@@ -151,8 +152,9 @@ def _largest_difference(first, second):
     return float(max(differences))
 
 
-def test_micro_batches_are_one_big_batch_where_batch_norms_stand_still():
-    whole, parts = _gradients(1, frozen=True), _gradients(8, frozen=True)
+@pytest.mark.parametrize(("group", "accumulate"), [(0, 8), (4, 4)])
+def test_micro_batches_are_one_big_batch_where_batch_norms_stand_still(group, accumulate):
+    whole, parts = _gradients(1, True, group), _gradients(accumulate, True, group)
     assert _largest_difference(parts[0], whole[0]) < 1e-9
     assert _largest_difference(parts[1], whole[1]) < 1e-9
 
