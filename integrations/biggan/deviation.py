@@ -1,10 +1,10 @@
 """Minibatch standard deviation: a discriminator is shown how much pictures differ, which none of them tells.
 
 A score of one picture at a time knows nothing of the others: a generator that draws the same one again and again gets
-the score of that picture. Here every picture carries, in channels of its own, the standard deviation of each feature
-over its companions: those of its class in its group. Groups are runs of so many pictures in the batch's order, so that
-ranks and micro-batches of whole groups see what one big batch sees, and real and generated pictures in one batch do
-not mix if each of the two is whole groups.
+the score of that picture. Here every picture carries, in a channel of its own, the standard deviation of features over
+its companions: those of its class in its group. Groups are runs of so many pictures in the batch's order, so that ranks
+and micro-batches of whole groups see what one big batch sees, and real and generated pictures in one batch do not mix
+if each of the two is whole groups.
 """
 
 import torch
@@ -53,8 +53,8 @@ def deviations(features: Tensor, group: int, classes: Tensor | None = None) -> T
     return deviation.flatten(0, 1).unflatten(1, (features.shape[1], -1)).mean(2)
 
 
-def with_deviations(features: Tensor, group: int, classes: Tensor | None = None) -> Tensor:
-    """Features and, in as many channels more, their `deviations`, alike at all places.
+def with_deviation(features: Tensor, group: int, classes: Tensor | None = None) -> Tensor:
+    """Features and, in one channel more, the mean of their `deviations`, alike at all places.
 
     Args:
         features: ``(n, channels, H, W)``.
@@ -62,14 +62,14 @@ def with_deviations(features: Tensor, group: int, classes: Tensor | None = None)
         classes: see `deviations`.
 
     Returns:
-        ``(n, 2 * channels, H, W)``.
+        ``(n, channels + 1, H, W)``.
 
     Raises:
         SettingError: see `deviations`.
 
     Example:
-        >>> with_deviations(torch.rand(8, 3, 4, 4), group=4).shape
-        torch.Size([8, 6, 4, 4])
+        >>> with_deviation(torch.rand(8, 3, 4, 4), group=4).shape
+        torch.Size([8, 4, 4, 4])
     """
-    spread = deviations(features, group, classes)[:, :, None, None]
-    return torch.cat([features, spread.expand_as(features)], dim=1)
+    spread = deviations(features, group, classes).mean(1)[:, None, None, None]
+    return torch.cat([features, spread.expand(-1, 1, *features.shape[2:])], dim=1)

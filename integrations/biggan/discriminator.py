@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .deviation import with_deviations
+from .deviation import with_deviation
 from .layers import SelfAttention, halved, kernel
 from .sizes import Sizes, check_sizes
 from .spectral import normalise
@@ -89,8 +89,8 @@ class Discriminator(nn.Module):
         # A deep block keeps the channels that come in, so there a kernel makes more of the picture's three first.
         self.first = kernel(3, sizes.width, 3) if deep else nn.Identity()
         before, side = (sizes.width if deep else 3), sizes.size
-        wider = 2 if group else 1
-        features = sizes.channels(4) * (wider if deep else 1)
+        more = 1 if group else 0
+        features = sizes.channels(4) + (more if deep else 0)
         while side > 4:
             after = sizes.channels(side // 2) if deep else sizes.channels(side)
             if deep:
@@ -103,7 +103,7 @@ class Discriminator(nn.Module):
             if side == sizes.attention:
                 self.attention[str(len(self.blocks) - 1)] = SelfAttention(after)
         if not deep:
-            self.blocks.append(DiscriminatorBlock(before * wider, features, halves=False))
+            self.blocks.append(DiscriminatorBlock(before + more, features, halves=False))
         self.score = nn.Linear(features, 1)
         self.classes = nn.Embedding(sizes.classes, features)
         normalise(self)
@@ -121,7 +121,7 @@ class Discriminator(nn.Module):
         hidden = self.first(pictures)
         for place, block in enumerate(self.blocks):
             if self.group and place == len(self.blocks) - 1:
-                hidden = with_deviations(hidden, self.group, classes)
+                hidden = with_deviation(hidden, self.group, classes)
             hidden = block(hidden)
             if str(place) in self.attention:
                 hidden = self.attention[str(place)](hidden)

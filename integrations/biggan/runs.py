@@ -20,6 +20,9 @@ CHECKPOINTS = "checkpoints"
 MAY_CHANGE = ("steps", "checkpoint_every", "standing", "judged")
 """What a run may go on with another value of; besides it the number of ranks and the device."""
 
+_BEFORE = {"group": 0}
+"""What runs were trained with that are older than the setting itself."""
+
 
 def begin(out: Path, settings: TrainSettings, *, fresh: bool) -> bool:
     """Decide what becomes of a folder, and note there what is trained.
@@ -62,7 +65,7 @@ def read_settings(flag: str, folder: Path) -> TrainSettings:
         raise InputError(f"{flag} {folder}: is not a run: it has no {SETTINGS}")
     try:
         read = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        form, table = read["format"], dict(read["settings"])
+        form, table = read["format"], _BEFORE | dict(read["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{flag} {folder}: its {SETTINGS} is damaged") from None
     if form != FORMAT:

@@ -1,5 +1,6 @@
 """The command: what is refused in one line with exit code 2, and a run that begins, goes on and is sampled from."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from distopt.integrations.running.fields import InputError
 from PIL import Image
 
 TINY = ["--width", "8", "--noise", "12", "--shared", "8", "--batch", "8", "--judged", "12", "--readings_every", "1"]
-TINY += ["--standing", "2", "--discriminator_steps", "1"]
+TINY += ["--standing", "2", "--discriminator_steps", "1", "--group", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +92,15 @@ def test_what_becomes_of_a_folder(tmp_path):
     assert runs.read_settings("--run", tmp_path).seed == 1
 
 
+def test_a_run_from_before_there_were_groups_is_one_without(tmp_path):
+    table = dataclasses.asdict(TrainSettings(group=0))
+    del table["group"]
+    runs.write_json(tmp_path / runs.SETTINGS, {"format": runs.FORMAT, "settings": table})
+    assert runs.read_settings("--run", tmp_path).group == 0
+    with pytest.raises(InputError, match="holds a run with group = 0, not 8"):
+        runs.begin(tmp_path, TrainSettings(group=8), fresh=False)
+
+
 def _start(arguments):
     command = [sys.executable, "-m", "distopt.integrations.biggan", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -133,7 +143,8 @@ def test_a_run_that_is_killed_goes_on_and_is_sampled_from(tmp_path, capsys):
 
 def test_a_run_that_is_asked_to_stop_saves_first(tmp_path, monkeypatch):
     """Its command then ends with 143 (`work` is tested with DALL-E's), and goes on from there."""
-    settings = TrainSettings(width=8, noise=12, shared=8, batch=8, steps=3, checkpoint_every=0, judged=12, standing=2)
+    small = {"width": 8, "noise": 12, "shared": 8, "batch": 8, "group": 4}
+    settings = TrainSettings(**small, steps=3, checkpoint_every=0, judged=12, standing=2)
     taken, step = [], Trainer.step
 
     def interrupted(trainer):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distopt.integrations.biggan.deviation import deviations, with_deviations
+from distopt.integrations.biggan.deviation import deviations, with_deviation
 from distopt.integrations.biggan.discriminator import Discriminator
 from distopt.integrations.biggan.sizes import Sizes
 from hypothesis import given
@@ -71,11 +71,11 @@ def test_its_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradgradcheck(lambda x: deviations(x, 4, classes), features)
 
 
-def test_the_channels_behind_are_alike_at_all_places():
+def test_the_channel_behind_is_the_mean_of_all_and_alike_at_all_places():
     features, classes = _features(1, 4, 0)
-    both = with_deviations(features, 4, classes)
+    both = with_deviation(features, 4, classes)
     assert torch.equal(both[:, :3], features)
-    assert torch.equal(both[:, 3:], deviations(features, 4, classes)[:, :, None, None].expand(4, 3, 2, 2))
+    assert torch.equal(both[:, 3:], deviations(features, 4, classes).mean(1)[:, None, None, None].expand(4, 1, 2, 2))
 
 
 @pytest.mark.parametrize(("rows", "group"), [(6, 4), (2, 4), (4, 1), (4, 0)])

@@ -14,7 +14,7 @@ from distopt import AllReduce
 from tests.processes import run_ranks
 
 SMALL = {"width": 8, "noise": 12, "shared": 8, "batch": 8, "steps": 8, "readings_every": 2}
-SMALL |= {"discriminator_steps": 1, "gamma": 0.0}
+SMALL |= {"discriminator_steps": 1, "gamma": 0.0, "group": 0}
 
 
 def _trainer(**settings):
