@@ -14,7 +14,7 @@ from .sizes import check_sizes
 COMMAND = launch.Command("distopt-biggan", "distopt.integrations.biggan")
 _EXAMPLES = """examples:
   distopt-biggan train                                        train on drawn shapes and judge what is drawn
-  distopt-biggan train --batch 256 --accumulate 8 --out runs/large   the same with micro-batches
+  distopt-biggan train --batch 256 --accumulate 4 --out runs/large   the same with micro-batches
   distopt-biggan sample --run runs/biggan --truncation 0.5 --class ring --n 64 --out rings.png
   distopt-biggan ring --gamma 0 --out runs/no-penalty         eight Gaussians, without R1
 """

@@ -56,7 +56,8 @@ def gradient_penalty(scores: Tensor, real: Tensor, gamma: float = 10.0, reductio
     """R1: ``gamma / 2 * |grad_x D(x)|^2`` of real data x, for each of them; itself differentiable.
 
     Args:
-        scores: of real data, ``(n,)`` or ``(n, 1)``; each depends on its own row of ``real`` alone.
+        scores: of real data, ``(n,)`` or ``(n, 1)``; each depends on its own row of ``real`` alone, or the slope at a
+            row is that of the sum of all scores, as with minibatch standard deviation.
         real: ``(n, ...)``, which required gradients when it was scored.
         gamma: the weight.
         reduction: "mean", "sum" or "none".
