@@ -107,14 +107,18 @@ def register(
         0
         >>> dist.destroy_process_group()
     """
-    if not isinstance(cast(object, reducer), Reducer):
-        raise SettingError("reducer", reducer, "a reducer such as distopt.PowerSGD(rank=4)")
+    _check_arguments(reducer, grad_scaler, timeout)
     watch = Watch(agreement, check_replicas_every, measure_every, residual_bound)
+    return _register(model_or_parameters, reducer, watch, process_group, grad_scaler, accumulate, timeout)
+
+
+def _check_arguments(reducer: object, grad_scaler: object, timeout: object) -> None:
+    if not isinstance(reducer, Reducer):
+        raise SettingError("reducer", reducer, "a reducer such as distopt.PowerSGD(rank=4)")
     if grad_scaler is not None and not callable(getattr(grad_scaler, "get_scale", None)):
         raise SettingError("grad_scaler", grad_scaler, "None or what has get_scale(), as a torch.amp.GradScaler")
-    if timeout is not None and (not isinstance(cast(object, timeout), timedelta) or timeout <= timedelta(0)):
+    if timeout is not None and (not isinstance(timeout, timedelta) or timeout <= timedelta(0)):
         raise SettingError("timeout", timeout, "None or a datetime.timedelta above 0")
-    return _register(model_or_parameters, reducer, watch, process_group, grad_scaler, accumulate, timeout)
 
 
 def _register(
@@ -131,10 +135,10 @@ def _register(
             "torch.distributed is not initialised: call init_process_group and wrap the model before register"
         )
     model = _wrapper_of(model_or_parameters)
-    slots = slots_of(_listed(model_or_parameters, process_group)) if model is None else _slots_of_model(model)
-    engine = Engine(slots, reducer, watch, grad_scaler)
     group = process_group or group_of(model)
     _check_group(group)
+    slots = slots_of(_listed(model_or_parameters, process_group)) if model is None else _slots_of_model(model)
+    engine = Engine(slots, reducer, watch, grad_scaler)
     engine.check(reducer, group.size())
     if accumulate:
         if model is not None:

@@ -23,7 +23,7 @@ from distopt.errors import SettingError
 from .clamping import clamped
 
 LEAST = -30.0
-"""What s counts as where it is less: the optimum for a loss of 1e-13."""
+"""Least value that s counts as, the optimum for a loss of 1e-13."""
 KINDS = ("regression", "classification")
 FORMS = ("likelihood", "revised")
 Kind = Literal["regression", "classification"]

@@ -27,6 +27,7 @@ OPTIONS = [
     for parser in PARSERS
     for action in parser._actions
     if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
+    and action.help is not argparse.SUPPRESS
 ]
 
 
@@ -41,7 +42,7 @@ def test_every_command_says_what_it_does(parser):
     assert len(parser.description.split()) > 4
     text = parser.format_help()
     assert parser.description.split()[0] in text
-    for line in (line for action in parser._actions if (line := action.help)):
+    for line in (line for action in parser._actions if (line := action.help) not in (None, "", argparse.SUPPRESS)):
         assert line.replace("%%", "%").split()[0] in text
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

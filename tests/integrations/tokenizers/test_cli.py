@@ -1,5 +1,6 @@
 """The command: what it refuses, in one line and without torch, and what it leaves behind."""
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -109,7 +110,8 @@ def run_again(entries, out):
 @pytest.mark.parametrize(("sweep", "defaults"), [("compare", cli._COMPARED), ("curve", cli._CURVED)])
 def test_a_sweep_s_help_tells_its_own_defaults(sweep, defaults):
     (commands,) = (action for action in cli._parser()._actions if action.dest == "command")
-    helps = {action.dest: action.help for action in commands.choices[sweep]._actions}
+    shown = (action for action in commands.choices[sweep]._actions if action.help is not argparse.SUPPRESS)
+    helps = {action.dest: action.help for action in shown}
     for field in dataclasses.fields(TrainSettings):
         if field.name in helps and field.default is not None:
             assert f"(default: {defaults.get(field.name, field.default)!s}" in helps[field.name]
