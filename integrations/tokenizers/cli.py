@@ -15,9 +15,9 @@ from .sweeps import compared, curve, sizes_of
 COMMAND = launch.Command("distopt-tokenizers", "distopt.integrations.tokenizers")
 _SWEPT = ("bottleneck", "options", "start")
 """Fields that a sweep sets itself."""
+# Defaults of the sweeps, where they differ from those of one run.
 _COMPARED: Mapping[str, Any] = {"steps": 3000, "save_every": 0}
 _CURVED: Mapping[str, Any] = {"steps": 3000, "width": 32, "data": "photos", "save_every": 0}
-"""Defaults of the sweeps, where they differ from those of one run."""
 _EXAMPLES = """examples:
   distopt-tokenizers train --bottleneck simvq --codes 512 --out runs/simvq
   distopt-tokenizers train --bottleneck vq --options 'rotation = true' --data photos --out runs/vq
